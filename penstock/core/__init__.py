@@ -1,0 +1,1 @@
+"""Substrate: operators, contracts, devices, formats, tuning, environment. Imports nothing of ours."""

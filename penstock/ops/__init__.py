@@ -1,0 +1,1 @@
+"""The catalogue: one plain import line per public operator, nothing else."""

@@ -1,0 +1,1 @@
+"""The runtime: request, scheduler, pages, runner, models. See docs/serving.md."""
