@@ -151,8 +151,10 @@ class _TensorRule:
         good = split >= 0 if self.leading else split == 0
         if good and self.leading:
             good = symbols.setdefault("*", shape[:split]) == shape[:split]
-        # `all` over a list, not a generator: every dimension binds its symbol before the message is written.
-        good = good and all([d.agrees(size, symbols) for d, size in zip(self.dimensions, shape[split:], strict=True)])
+        if good:
+            # Every dimension is visited, so that all symbols are bound when the message is written.
+            fits = [dimension.agrees(size, symbols) for dimension, size in zip(self.dimensions, shape[split:], strict=True)]
+            good = all(fits)
         if not good:
             lead = ["*"] if self.leading else []
             if self.leading and "*" in symbols:

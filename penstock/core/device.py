@@ -37,7 +37,7 @@ def properties(device: torch.device) -> Properties:
         facts.name,
         (facts.major, facts.minor),
         facts.multi_processor_count,
-        facts.shared_memory_per_block_optin,
+        facts.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         facts.L2_cache_size,
     )
 

@@ -52,9 +52,7 @@ def judge(name: str, got: Tensor, exact: Tensor, same_dtype: Tensor, tile: int |
     bad = ~got64.isfinite() & ~special
     if bool(bad.any()):
         where = bad.nonzero()
-        raise AssertionError(
-            f"{name}: {len(where)} values are not finite, first at {where[0].tolist()} of {list(got.shape)}"
-        )
+        raise AssertionError(f"{name}: {len(where)} values are not finite, first at {where[0].tolist()} of {list(got.shape)}")
     if got.numel() == 0:
         return
     zero = torch.zeros_like(exact)

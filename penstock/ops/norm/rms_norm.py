@@ -79,9 +79,7 @@ def _cost(x: Tensor, weight: Tensor, **options: object) -> Cost:
 def cases() -> Iterable[Case]:
     """Rows of model widths, then the awkward ones."""
 
-    def case(
-        name: str, *shape: int, dtype: torch.dtype = torch.bfloat16, bench: bool = False, **options: object
-    ) -> Case:
+    def case(name: str, *shape: int, dtype: torch.dtype = torch.bfloat16, bench: bool = False, **options: object) -> Case:
         def build(make):
             return {
                 "x": make.randn(*shape, dtype=dtype),

@@ -1,6 +1,5 @@
 """One pass over memory: a program holds whole rows in registers; the residual sum, when there is one, is part of the pass."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
