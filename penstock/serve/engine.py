@@ -308,16 +308,15 @@ class Engine:
 
     def _tokens(self, prompt: Any) -> tuple[str | None, list[int]]:
         """(text, token ids) of a prompt in any of its forms."""
-        text, token_ids = prompt, None
         if isinstance(prompt, Mapping):
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if text is None and token_ids is None:
                 raise InvalidPrompt(f'a dict must have "prompt" or "prompt_token_ids", got {sorted(map(str, prompt))}')
             if text is not None and not isinstance(text, str):
                 raise InvalidPrompt(f'"prompt" must be a string, got {type(text).__name__}')
-        elif not isinstance(prompt, str):
-            text, token_ids = None, prompt
-        if token_ids is None:
+        else:
+            text, token_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+        if text is not None and token_ids is None:
             return text, self._encode_text(text)
         if not isinstance(token_ids, (list, tuple)):
             wanted = "a string, a list of token ids, or a dict with one of them"
