@@ -85,8 +85,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except TokenizerError:
         raise
     except Exception as error:  # the loaders raise whatever their parsers do
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise TokenizerError(
-            f"tokenizer: cannot read one from {str(path)!r} ({error}); with skip_tokenizer_init=True "
+            f"tokenizer: cannot read one from {str(path)!r} ({reason}); with skip_tokenizer_init=True "
             f"prompts and outputs are token ids and none is needed"
         ) from error
 
