@@ -2,6 +2,11 @@
 
 from penstock.ops.activation.gelu_and_mul import gelu_and_mul as gelu_and_mul
 from penstock.ops.activation.silu_and_mul import silu_and_mul as silu_and_mul
+from penstock.ops.attention.decode import attention_decode as attention_decode
+from penstock.ops.attention.decode_plan import attention_decode_plan as attention_decode_plan
+from penstock.ops.attention.merge import merge_attention as merge_attention
+from penstock.ops.attention.prefill import attention_prefill as attention_prefill
+from penstock.ops.attention.prefill_paged import attention_prefill_paged as attention_prefill_paged
 from penstock.ops.kvcache.copy_pages import copy_pages as copy_pages
 from penstock.ops.kvcache.gather_kv import gather_kv as gather_kv
 from penstock.ops.kvcache.store_kv import store_kv as store_kv
