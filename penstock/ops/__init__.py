@@ -1,3 +1,4 @@
 """The catalogue: one plain import line per public operator, nothing else."""
 
 from penstock.ops.norm.rms_norm import rms_norm as rms_norm
+from penstock.ops.sampling.sample import sample as sample
