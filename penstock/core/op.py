@@ -230,7 +230,7 @@ class Op:
         missing = [name for name in self.contract.names if name not in names]
         if missing:
             raise ValueError(f"{self.name}: the schema lacks the contract's arguments {missing}; it has {names}")
-        self._num_outs = sum(name.startswith("out") for name in names)
+        self._num_outs = sum(a.is_write and a.name.startswith("out") for a in self.arguments)
         positions = [names.index(name) for name in self.contract.names]
 
         def run(impl: str, *args: Any) -> None:

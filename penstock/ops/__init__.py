@@ -2,3 +2,4 @@
 
 from penstock.ops.norm.rms_norm import rms_norm as rms_norm
 from penstock.ops.sampling.sample import sample as sample
+from penstock.ops.sampling.apply_penalties import apply_penalties as apply_penalties

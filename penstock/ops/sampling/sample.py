@@ -1,5 +1,6 @@
 """One token id a row: temperature → top-k → softmax → top-p → min-p → draw; the same id on every machine."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,10 +10,10 @@ from torch import Tensor
 from penstock.core.cases import Case, Cost, nbytes
 from penstock.core.check import DENSE, FLOATS, anything
 from penstock.core.op import op
+from penstock.ops.sampling._options import OPTION, Range, check_rows, rows_of, split
 from penstock.ops.sampling._philox import random_bits
 from penstock.ops.sampling._weights import ONE, at_least, clean, draw, scales, weigh
 
-OPTION = (torch.float32, torch.float64)
 SPEC = {
     "logits": ("B V", FLOATS, DENSE),
     "seeds": ("B", torch.int64),
@@ -27,9 +28,8 @@ SPEC = {
     "top_p_value": anything,
     "min_p_value": anything,
 }
-# What each option must be, as a test and in words; scalars are always tested, tensors with PENSTOCK_CHECK=values.
-RANGES: dict[str, tuple[Any, str]] = {
-    "temperature": (lambda x: (x >= 0) & (x < float("inf")), "a finite number >= 0"),
+RANGES: dict[str, Range] = {
+    "temperature": (lambda x: (x >= 0) & (x < math.inf), "a finite number >= 0"),
     "top_k": (lambda x: x >= 0, "an integer >= 0"),
     "top_p": (lambda x: (x > 0) & (x <= 1), "a number in (0, 1]"),
     "min_p": (lambda x: (x >= 0) & (x <= 1), "a number in [0, 1]"),
@@ -56,15 +56,15 @@ def sample(
     """Draws one token id a row from softmax(logits / temperature), filtered.
 
     The order of a row is by logit, larger first, and by id, smaller first, where logits are equal. Top-k keeps the first k
-    ids. Top-p keeps the shortest run from the first on whose share of the mass that top-k left is at least p. Min-p keeps what has
-    at least min_p times the probability of the first. The draw inverts the cumulative mass of what is kept, by ascending id, at
-    one Philox4x32-10 uniform of 64 bits keyed by the seed, with the offset as counter.
+    ids. Top-p keeps the shortest run from the first on whose share of the mass that top-k left is at least p. Min-p keeps
+    what has at least min_p times the probability of the first. The draw inverts the cumulative mass of what is kept, by
+    ascending id, at one Philox4x32-10 uniform of 64 bits keyed by the seed, with the offset as counter.
 
-    Guaranteed: the id depends on the row's logits, options, seed and offset alone, and is equal, not merely equally distributed,
-    in every implementation, batch, position and replay, on CPUs and GPUs. All arithmetic after (logit - largest) / temperature
-    is on integers (see _weights.py), so no summation order exists. What this costs: probabilities carry float32's error
-    (relative 2**-22, more where the exponent is large, as in any float32 softmax), and what is below 2**-40 of the most probable
-    id is never drawn.
+    Guaranteed: the id depends on the row's logits, options, seed and offset alone, and is equal, not merely equally
+    distributed, in every implementation, batch, position and replay, on CPUs and GPUs. Weights are integers, made by float32
+    operations that round alike everywhere (_weights.py); sums and comparisons of integers have no rounding and no order.
+    What this costs: a weight is off by float32's rounding (relative 2**-22, more where the exponent is large, as in any
+    float32 softmax) and by up to 2**-40 of the largest; below 2**-40 of the largest it is zero and never drawn.
 
     NaN logits count as -inf, +inf as the largest finite number; -inf is never drawn, unless a row holds nothing else: id 0.
 
@@ -82,19 +82,8 @@ def sample(
         PENSTOCK_CHECK=values); NotSupported when no implementation takes the call.
     Source: Holtzman et al., arXiv:1904.09751 (top-p); Nguyen et al., arXiv:2407.01082 (min-p).
     """
-    values = []
-    tensors = []
-    for name, default, option in (
-        ("temperature", 1.0, temperature),
-        ("top_k", 0, top_k),
-        ("top_p", 1.0, top_p),
-        ("min_p", 0.0, min_p),
-    ):
-        per_row = isinstance(option, Tensor)
-        if not per_row:
-            _check_scalar(name, option, logits)
-        tensors.append(option if per_row else None)
-        values.append(default if per_row else type(default)(option))
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    tensors, values = split(sample, RANGES, options, logits)
     launch = sample.pick(impl, logits, seeds, offsets, *tensors, out, *values)
     if logits.shape[1] == 0:
         raise sample.contract.error("logits", "must have at least one column", {"logits": logits})
@@ -103,25 +92,9 @@ def sample(
     return out
 
 
-def _check_scalar(name: str, value: Any, logits: Tensor) -> None:
-    kind = int if name == "top_k" else (int, float)
-    good, wanted = RANGES[name]
-    if isinstance(value, bool) or not isinstance(value, kind) or not good(value):
-        raise sample.contract.error(name, f"must be {wanted} or a [B] tensor, got {value!r}", {"logits": logits})
-
-
 @sample.check_values
 def _check_values(**arguments: Any) -> None:
-    for name, (good, wanted) in RANGES.items():
-        option = arguments[name]
-        if option is not None and not bool(good(option).all()):
-            bad = option[~good(option)][0].item()
-            raise sample.contract.error(name, f"must hold {wanted} in every row, got {bad!r}", arguments)
-
-
-def per_row(option: Tensor | None, value: float, logits: Tensor) -> list[Any]:
-    """The option of each row."""
-    return [value] * logits.shape[0] if option is None else option.tolist()
+    check_rows(sample, RANGES, arguments)
 
 
 @sample.reference
@@ -139,13 +112,12 @@ def _reference(
     min_p_value: float,
 ) -> Tensor:
     """Sorts every row; the only floating-point arithmetic is that of the weights."""
-    scalars = (temperature_value, top_k_value, top_p_value, min_p_value)
-    options = [
-        torch.tensor(value).to(torch.int32 if name == "top_k" else torch.float32).expand(len(logits)).cpu()
-        if given is None
-        else given.cpu()
-        for name, given, value in zip(RANGES, (temperature, top_k, top_p, min_p), scalars, strict=True)
-    ]
+    options = (
+        rows_of(temperature, temperature_value, logits).cpu(),
+        rows_of(top_k, top_k_value, logits, torch.int32).cpu(),
+        rows_of(top_p, top_p_value, logits).cpu(),
+        rows_of(min_p, min_p_value, logits).cpu(),
+    )
     ids = []
     rows = zip(clean(logits).cpu(), random_bits(seeds.cpu(), offsets.cpu()), *options, strict=True)
     for row, bits, heat, k, p, floor in rows:
@@ -159,8 +131,8 @@ def _reference(
             kept[int(k) :] = False
         if p < 1:
             before = (weights * kept).cumsum(0) - weights
-            kept &= before < at_least(float(p.float()), int((weights * kept).sum()))
-        kept &= weights >= at_least(float(floor.float()), 1 << ONE)
+            kept &= before < at_least(float(p), int((weights * kept).sum()))
+        kept &= weights >= at_least(float(floor), 1 << ONE)
         by_id = torch.zeros_like(weights).scatter(0, order, weights * kept)
         ids.append(int((by_id.cumsum(0) <= draw(bits, int(by_id.sum()))).sum()))
     return torch.tensor(ids, dtype=torch.int32)
@@ -197,7 +169,7 @@ def cases() -> Iterable[Case]:
             logits = make.randn(B, V, dtype=dtype, scale=scale)
             if mask is not None:
                 hidden = make.integers(0, 100, B, V)
-                logits = logits.masked_fill(hidden < mask * 100, -float("inf"))
+                logits = logits.masked_fill(hidden < mask * 100, -math.inf)
             given = {key: make.tensor(*option) if isinstance(option, tuple) else option for key, option in options.items()}
             return {
                 "logits": logits,

@@ -28,11 +28,11 @@ def launch(
     min_p_value: float,
 ) -> None:
     """Fills out; rows at temperature 0 take one pass together, the others go one by one."""
-    B, V = logits.shape
+    B = logits.shape[0]
     if B == 0:
         return
     rows = clean(logits)
-    largest, first = rows.max(1)
+    largest = rows.amax(1)
     heats = torch.full((B,), temperature_value) if temperature is None else temperature.float()
     # torch.max does not promise the first of equal values; numpy's argmax does.
     ids = rows.numpy().argmax(1).tolist() if bool((heats == 0).any()) else [0] * B
