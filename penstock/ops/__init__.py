@@ -14,3 +14,6 @@ from penstock.ops.norm.add_rms_norm import add_rms_norm as add_rms_norm
 from penstock.ops.norm.rms_norm import rms_norm as rms_norm
 from penstock.ops.rotary.rope import rope as rope
 from penstock.ops.rotary.table import rope_table as rope_table
+from penstock.ops.sampling.apply_penalties import apply_penalties as apply_penalties
+from penstock.ops.sampling.log_probs import log_probs as log_probs
+from penstock.ops.sampling.sample import sample as sample
