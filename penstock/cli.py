@@ -20,6 +20,7 @@ import typer
 
 if TYPE_CHECKING:
     import torch
+
     from penstock.core.op import Op
     from penstock.serve.llm import LLM
     from penstock.serve.params import SamplingParams
@@ -253,6 +254,8 @@ def bench(context: typer.Context) -> None:
         if error.name not in ("penstock.bench", "penstock.bench.cli"):
             raise
         raise UsageError("this installation has no penstock.bench") from error
+    # It records the command it was given, which it reads from here.
+    sys.argv = ["penstock bench", *context.args]
     code = module.app(context.args, prog_name="penstock bench", standalone_mode=False)
     raise typer.Exit(code or 0)
 

@@ -1,7 +1,7 @@
 """Writes docs/operators/ and the table of operators in README.md from the operators' own docstrings.
 
-    python scripts/build_docs.py            # write
-    python scripts/build_docs.py --check    # exit code 1 when a page is not what would be written
+python scripts/build_docs.py            # write
+python scripts/build_docs.py --check    # exit code 1 when a page is not what would be written
 """
 
 import importlib
@@ -99,11 +99,19 @@ def docstring(text: str) -> list[str]:
             (plain if section is None else body).append(line)
             continue
         if section is None:
-            parts += [escaped(" ".join(block.split())) for block in "\n".join(plain).split("\n\n") if block.strip()]
+            parts += [block_of(block) for block in "\n".join(plain).split("\n\n") if block.strip()]
         else:
             parts.append(render(section, body))
         section, body = match[1], [match[2]]
     return [part for part in parts if part]
+
+
+def block_of(text: str) -> str:
+    """A paragraph on one line; lines of code as they are."""
+    lines = text.strip("\n").splitlines()
+    if all(line.startswith("    ") for line in lines):
+        return "```text\n" + "\n".join(line[4:] for line in lines) + "\n```"
+    return escaped(" ".join(text.split()))
 
 
 def render(section: str, body: list[str]) -> str:
@@ -127,7 +135,7 @@ def implementations(operator: Op) -> str:
     rows = ["| name | needs | instructions it is compiled to |", "|---|---|---|"]
     for name, implementation in operator.implementations.items():
         needs = " and ".join(NEEDS.get(need, need) for need in implementation.needs)
-        rows.append(f"| `{name}` | {needs} | {', '.join(implementation.instructions) or "-"} |")
+        rows.append(f"| `{name}` | {needs} | {', '.join(implementation.instructions) or '-'} |")
     rows.append("| `reference` | nothing; on a GPU it must be asked for by name | - |")
     return "\n".join(rows)
 
