@@ -1,7 +1,7 @@
 """Writes the tables of measured numbers in README.md and docs/benchmarks.md from benchmarks/results/<device>/*.json.
 
-    python scripts/render_tables.py            # write
-    python scripts/render_tables.py --check    # exit code 1 when a table is not what would be written
+python scripts/render_tables.py            # write
+python scripts/render_tables.py --check    # exit code 1 when a table is not what would be written
 """
 
 import json
@@ -44,7 +44,7 @@ def is_operator(content: Any) -> bool:
     """Whether a file holds an operator's results, made in earnest."""
     if "results" not in content or "--quick" in content["command"]:
         return False
-    return any(result["timed"] for result in content["results"])
+    return any(ours(result) for result in content["results"])
 
 
 def tables(files: list[tuple[Path, Any]], every_case: bool, up: str) -> str:
@@ -69,26 +69,31 @@ def conditions(contents: list[Any]) -> str:
         known = sorted(value for value in values if value)
         if known:
             facts.append(f"{label} {' and '.join(known)}".strip())
-    copies = [content["ceilings"]["copy"] / 1e9 for content in contents]
-    reached = f"{min(copies):.0f}" if f"{min(copies):.0f}" == f"{max(copies):.0f}" else f"{min(copies):.0f} to {max(copies):.0f}"
+    copies = sorted(round(content["ceilings"]["copy"] / 1e9) for content in contents)
+    reached = " to ".join(str(copy) for copy in dict.fromkeys([copies[0], copies[-1]]))
     return f"{', '.join(facts)}; copy bandwidth reached in these runs {reached} GB/s."
 
 
 def table(files: list[tuple[Path, Any]], every_case: bool, up: str) -> str:
     """One row for each operator, or for each of its cases."""
-    rows = ["| operator | case | implementation | µs | of the floor | faster than |", "|---|---|---|---|---|---|"]
+    rows = ["| operator | case | implementation | µs | of the floor | peer's time over ours |", "|---|---|---|---|---|---|"]
     for path, content in files:
-        results = [result for result in content["results"] if any(entry["kind"] == "implementation" for entry in result["timed"])]
+        results = [result for result in content["results"] if ours(result)]
         if not every_case:
             # The largest case is the one least blurred by the cost of a launch.
             results = sorted(results, key=lambda result: result["floor_us"] or 0)[-1:]
         for result in results:
-            best = min((entry for entry in result["timed"] if entry["kind"] == "implementation"), key=lambda e: e["median_us"])
+            best = min(ours(result), key=lambda entry: entry["median_us"])
             floor = f"{best['of_floor']:.0%}" if best["of_floor"] else "-"
             ratios = ", ".join(f"{peer} {ratio:.2f}x" for peer, ratio in best["ratios"].items()) or "-"
             link = f"[`{result['operator']}`]({up}{path.as_posix()})"
             rows.append(f"| {link} | {result['case']} | {best['name']} | {best['median_us']:.1f} | {floor} | {ratios} |")
     return "\n".join(rows)
+
+
+def ours(result: Any) -> list[Any]:
+    """The implementations that got a number."""
+    return [entry for entry in result["timed"] if entry["kind"] == "implementation"]
 
 
 if __name__ == "__main__":
