@@ -62,7 +62,7 @@ clean: ## remove the virtual environment, the caches and what was built
 $(READY): pyproject.toml
 	@command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || { \
 	  echo 'error: a C compiler is needed and none of cc, gcc, clang is there' >&2; exit 1; }
-	@python=''; for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	@python=''; for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
 	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    python="$$candidate"; break; fi; done; \
 	[ -n "$$python" ] || { \
