@@ -11,14 +11,18 @@ from rich.console import Console
 
 app = typer.Typer(
     help="Time operators against their roofline floor and their peers, or the engine against transformers.",
-    context_settings={"allow_interspersed_args": True},
     add_completion=False,
 )
 
 
-@app.callback(invoke_without_command=True)
+@app.command()
 def bench(
-    targets: Annotated[list[str], typer.Argument(metavar="OP…|engine|all", help="Operators by name, all, or engine.")],
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="OP…|all|ceilings|engine", help="Operators by name, all of them, the ceilings alone, or the engine."
+        ),
+    ],
     device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu; default: cuda where there is one.")] = "",
     case: Annotated[
         list[str], typer.Option(help="Only cases whose name contains this; also those too small to be timed by default.")
@@ -43,11 +47,7 @@ def bench(
         # Candidates are kernels: without a GPU they run through the interpreter, chosen before Triton is imported.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     console = Console(width=200, soft_wrap=True)
-    if "engine" in targets:
-        from penstock.bench.engine import bench_from_command_line
-
-        bench_from_command_line(console, where, model=model, shape=shape, quick=quick, output=output)
-        targets = [target for target in targets if target != "engine"]
+    targets = _special(console, list(targets), where, model=model, shape=shape, quick=quick, output=output)
     if not targets:
         return
     from penstock.bench.run import catalogue
@@ -56,13 +56,37 @@ def bench(
     targets = list(known) if targets == ["all"] else targets
     unknown = [target for target in targets if target not in known]
     if unknown:
-        raise typer.BadParameter(f"no operator {', '.join(unknown)}; there are {', '.join(known)}, all and engine")
+        raise typer.BadParameter(f"no operator {', '.join(unknown)}; there are {', '.join(known)}, all, ceilings and engine")
     if tune:
         from penstock.bench.tune import tune_from_command_line
 
         tune_from_command_line(console, [known[target] for target in targets], where, budget=budget, quick=quick, output=output)
         return
     _operators(console, targets, where, case, impl, peer, 0.1 if quick else budget, quick, host, output)
+
+
+def _special(
+    console: Console, targets: list[str], device, *, model: str, shape: str, quick: bool, output: Path | None
+) -> list[str]:
+    """Does what is not an operator; returns the other targets."""
+    if "ceilings" in targets:
+        from penstock.bench import record, report
+        from penstock.bench.roofline import measure_ceilings
+
+        ceilings = measure_ceilings(device, quick=quick)
+        console.print(report.ceilings_line(ceilings), markup=False)
+        path = (output or record.default_folder(device)) / "ceilings.json"
+        record.write(path, device, [], ceilings, _command())
+        console.print(f"@done {path}", markup=False)
+    if "engine" in targets:
+        from penstock.bench.engine import bench_from_command_line
+
+        bench_from_command_line(console, device, model=model, shape=shape, quick=quick, output=output)
+    return [target for target in targets if target not in ("ceilings", "engine")]
+
+
+def _command() -> str:
+    return "penstock bench " + shlex.join(sys.argv[1:])
 
 
 def _operators(
@@ -85,7 +109,6 @@ def _operators(
     ceilings = measure_ceilings(device, quick=quick, budget=0.1 if quick else 0.4)
     console.print(report.ceilings_line(ceilings))
     folder = output or record.default_folder(device)
-    command = "penstock bench " + shlex.join(sys.argv[1:])
     for target in targets:
         op = catalogue()[target]
         cases = [c for c in op.all_cases() if (any(word in c.name for word in case) if case else c.bench)]
@@ -113,7 +136,7 @@ def _operators(
             on_result=lambda result: console.print(f"  {result.operator} {result.case}: {result.seconds:.1f} s", markup=False),
         )
         report.show(results, console)
-        path = record.write(folder / f"{target}.json", device, results, ceilings, command)
+        path = record.write(folder / f"{target}.json", device, results, ceilings, _command())
         console.print(f"@done {path}", markup=False)
 
 

@@ -25,6 +25,15 @@ QUERY_ROWS = 64
 PEER_ERROR = 0.03
 
 
+# References that loop over rows, each of which depends on its own row alone: judged on a few random rows.
+ROWWISE = {
+    "sample": ("logits", "seeds", "offsets", "temperature", "top_k", "top_p", "min_p"),
+    "log_probs": ("logits", "ids"),
+    "apply_penalties": ("logits", "output_counts", "prompt_mask", "repetition", "presence", "frequency"),
+}
+ROWS = 16
+
+
 def verify(op: Op, impl: str, arguments: Arguments) -> str:
     """Why the implementation's results on these arguments are wrong, or "" when they are right."""
     with torch.no_grad():
@@ -94,6 +103,12 @@ def _widen(arguments: Arguments) -> Arguments:
 
 def _parts(op: Op, arguments: Arguments) -> Iterator[tuple[Arguments, Tensor | None]]:
     """The calls to compare, each with the rows of the whole result that it computes; None: all of them."""
+    if op.name in ROWWISE and len(arguments["logits"]) > ROWS:
+        logits = arguments["logits"]
+        chosen = torch.randperm(len(logits), device=logits.device)[:ROWS]
+        rows = {name: arguments[name] for name in ROWWISE[op.name] if isinstance(arguments.get(name), Tensor)}
+        yield {**arguments, **{name: value[chosen] for name, value in rows.items()}}, chosen
+        return
     q, cu = arguments.get("q"), arguments.get("cu_seqlens_q")
     if q is None or cu is None or "causal" not in {argument.name for argument in op.arguments}:
         yield arguments, None

@@ -109,7 +109,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "device": device_name(device),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": os.environ.get("PENSTOCK_COMMIT") or _answer("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "commit": _answer("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

@@ -4,6 +4,7 @@ On CUDA a contestant is a graph of several calls over input sets that together e
 captured is timed with events and says so. On a CPU the clock is perf_counter. Call, warm-up and capture stay outside.
 """
 
+import itertools
 import math
 import statistics
 import time
@@ -131,20 +132,22 @@ class _Lane:
 
 
 def _prepare_cpu(calls: Sequence[Call], slice_us: float, device: torch.device) -> _Lane:
+    # One rotation runs through all samples, so that a short sample does not come back to the sets it left in the cache.
+    turn = itertools.cycle(calls)
+
     def run(count: int) -> float:
         start = time.perf_counter()
-        for i in range(count):
-            calls[i % len(calls)]()
+        for call in itertools.islice(turn, count):
+            call()
         return (time.perf_counter() - start) * 1e6
 
     run(1)
-    once = run(1)
-    if once < slice_us:
-        trial = max(1, min(50, int(slice_us / max(once, 0.1) / 4)))
-        once = run(trial) / trial
+    # The least of a few: one interruption by another process must not shrink the samples.
+    once = min(run(1) for _ in range(3))
+    if once < slice_us / 10:
+        once = min(run(5) / 5 for _ in range(3))
     count = max(1, int(slice_us / once))
-    if len(calls) <= count:
-        count -= count % len(calls)
+    count -= count % len(calls) if count >= len(calls) else 0
 
     def start() -> Callable[[], float]:
         taken = run(count)
