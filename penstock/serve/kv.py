@@ -27,9 +27,7 @@ class KVPool:
     layers[i] is (k_cache, v_cache), each [P, S, Hkv, D]. Pages hold anything until they are written.
     """
 
-    def __init__(
-        self, spec: ModelSpec, num_pages: int, page_size: int, *, dtype: torch.dtype, device: str | torch.device
-    ):
+    def __init__(self, spec: ModelSpec, num_pages: int, page_size: int, *, dtype: torch.dtype, device: str | torch.device):
         heads = {(layer.num_kv_heads, layer.head_dim) for layer in spec.layers}
         if len(heads) != 1:
             raise ModelError(f"the layers must agree in KV heads and head_dim, got {sorted(heads)}")
@@ -91,9 +89,7 @@ def available_memory(
 
 def activation_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int, rows: int) -> int:
     """An upper estimate of what one step allocates: the widest layer's intermediates, then logits and their copies."""
-    widest = max(
-        (layer.num_heads * 2 + layer.num_kv_heads * 2) * layer.head_dim + 3 * layer.mlp_size for layer in spec.layers
-    )
+    widest = max((layer.num_heads * 2 + layer.num_kv_heads * 2) * layer.head_dim + 3 * layer.mlp_size for layer in spec.layers)
     return tokens * (widest + 6 * spec.hidden_size) * dtype.itemsize + rows * spec.vocab_size * (4 * 4 + dtype.itemsize)
 
 

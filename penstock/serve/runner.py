@@ -1,7 +1,7 @@
 """Computes step plans: host tables and device tensors, the decoder, the sampler, CUDA graphs for decode steps.
 
-    runner = Runner.load(EngineConfig(model="path/of/checkpoint"))
-    result = runner.execute(plan)          # see docs/serving.md
+runner = Runner.load(EngineConfig(model="path/of/checkpoint"))
+result = runner.execute(plan)          # see docs/serving.md
 """
 
 from collections.abc import Sequence

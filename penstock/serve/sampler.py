@@ -61,15 +61,13 @@ class Sampler:
             slots.discard(slot)
         self._rows = []
 
-    def sample(
-        self, logits: Tensor, slots: list[int], num_outputs: list[int], offsets: Tensor
-    ) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    def sample(self, logits: Tensor, slots: list[int], num_outputs: list[int]) -> tuple[list[int], dict[int, TokenLogprobs]]:
         """The next token of each row, and the log-probabilities of the slots that want them.
 
         Args:
             logits: [n, V] float32; changed in place.
             slots: the slot of each row.
-            num_outputs: tokens each row has emitted; offsets [n] int64 holds the same on the device.
+            num_outputs: tokens each row has emitted.
         """
         if slots != self._rows:
             self._gather(slots)
@@ -80,6 +78,7 @@ class Sampler:
             self._penalise(logits, slots, penalised)
         if self._held:
             self._hold(logits, slots, num_outputs)
+        offsets = self._no_offsets if self._greedy else torch.tensor(num_outputs, dtype=torch.int64).to(self.device)
         ids = sample(logits, offsets=offsets, **self._gathered)
         if penalised:
             self._add_counts(slots, penalised, ids)
@@ -92,7 +91,8 @@ class Sampler:
         numbers = self.numbers.index_select(1, index)
         top_k = self.top_k.index_select(0, index)
         options: dict[str, float | Tensor] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        if not self._drawn.isdisjoint(slots):
+        self._greedy = self._drawn.isdisjoint(slots)
+        if not self._greedy:
             options["temperature"] = numbers[_TEMPERATURE]
             if bool(top_k.any()):
                 options["top_k"] = top_k
@@ -104,6 +104,7 @@ class Sampler:
         self._gathered = {
             name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in options.items()
         }
+        self._no_offsets = self._gathered["seeds"]
         self._rows = list(slots)
 
     def _count(self, new: SlotInit) -> None:
@@ -151,4 +152,11 @@ class Sampler:
 
     def _report(self, logits: Tensor, ids: Tensor, slots: list[int], rows: list[int]) -> dict[int, TokenLogprobs]:
         """Log-probabilities of the model itself, before penalties and temperature."""
-        raise NotImplementedError
+        index = torch.tensor(rows, device=self.device)
+        wanted = [self.params[slots[row]].logprobs or 0 for row in rows]
+        chosen, rank, values, tokens = log_probs(logits[index], ids[index], top_n=min(max(wanted), self.vocab_size))
+        columns = zip(rows, wanted, chosen.tolist(), rank.tolist(), values.tolist(), tokens.tolist(), strict=True)
+        return {
+            slots[row]: TokenLogprobs(tokens[:count], values[:count], rank, chosen)
+            for row, count, chosen, rank, values, tokens in columns
+        }

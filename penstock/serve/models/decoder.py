@@ -1,8 +1,8 @@
 """One decoder for every architecture: the spec says which pieces a layer has, penstock's operators compute them.
 
-    decoder = Decoder(spec, weights, pool.layers, max_model_len=4096)
-    hidden = decoder.forward(token_ids, batch)              # [T, H]
-    logits = decoder.logits(hidden[last_rows])              # float32 [n, V]
+decoder = Decoder(spec, weights, pool.layers, max_model_len=4096)
+hidden = decoder.forward(token_ids, batch)              # [T, H]
+logits = decoder.logits(hidden[last_rows])              # float32 [n, V]
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from torch.nn.functional import embedding, linear
 
 from penstock.ops.activation.gelu_and_mul import gelu_and_mul
 from penstock.ops.activation.silu_and_mul import silu_and_mul
-from penstock.ops.attention.decode import attention_decode
+from penstock.ops.attention.decode import attention_decode, attention_decode_plan
 from penstock.ops.attention.prefill import attention_prefill_paged
 from penstock.ops.kvcache.store_kv import store_kv
 from penstock.ops.norm.add_rms_norm import add_rms_norm
@@ -58,7 +58,15 @@ class Decoder:
         self.embedding = weights.embedding
         self.lm_head = weights.lm_head
         dtype, device = weights.embedding.dtype, weights.embedding.device
-        tables = [rope_table(rope.parameters) for rope in spec.ropes]
+        tables = [
+            rope_table(
+                rope.parameters,
+                head_dim=rope.head_dim,
+                max_positions=max_model_len,
+                max_position_embeddings=rope.max_position_embeddings,
+            )
+            for rope in spec.ropes
+        ]
         inputs = [layer.input_norm for layer in weights.layers]
         self.first_norm = inputs[0]
         self.norm_eps = spec.norm_eps
@@ -83,6 +91,20 @@ class Decoder:
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, batch)
         return hidden
+
+    def plan(self, seqlens_k: Tensor, page_size: int) -> Tensor | None:
+        """The schedule of attention_decode for these lengths [B], computed on the device; None on a CPU."""
+        if not seqlens_k.is_cuda:
+            return None
+        layer = self.layers[0].spec
+        return attention_decode_plan(
+            seqlens_k,
+            num_heads_q=layer.num_heads,
+            num_heads_kv=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            page_size=page_size,
+            device=seqlens_k.device,
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [n, V] of hidden states [n, H]."""
@@ -164,14 +186,10 @@ class DecoderLayer:
         k_cache, v_cache, options = self.k_cache, self.v_cache, self.attention_options
         cu_seqlens_q, decodes = batch.cu_seqlens_q, batch.num_decodes
         if cu_seqlens_q is None:
-            return attention_decode(
-                q, k_cache, v_cache, batch.page_table, batch.seqlens_k, plan=batch.decode_plan, **options
-            )
+            return attention_decode(q, k_cache, v_cache, batch.page_table, batch.seqlens_k, plan=batch.decode_plan, **options)
         pages, seqlens, longest = batch.page_table, batch.seqlens_k, batch.max_seqlen_q
         if decodes == 0:
-            return attention_prefill_paged(
-                q, k_cache, v_cache, pages, cu_seqlens_q, seqlens, max_seqlen_q=longest, **options
-            )
+            return attention_prefill_paged(q, k_cache, v_cache, pages, cu_seqlens_q, seqlens, max_seqlen_q=longest, **options)
         out = torch.empty_like(q)
         attention_decode(
             q[:decodes],

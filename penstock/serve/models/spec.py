@@ -140,9 +140,7 @@ def _refuse_unsupported(name: str, config: Any) -> None:
         )
     for field in ("num_local_experts", "num_experts", "n_routed_experts"):
         if (getattr(config, field, None) or 0) > 1:
-            raise ModelError(
-                f"{name} with mixture-of-experts layers ({field}={getattr(config, field)}) is not supported"
-            )
+            raise ModelError(f"{name} with mixture-of-experts layers ({field}={getattr(config, field)}) is not supported")
     if getattr(config, "alibi", False):
         raise ModelError(f"{name} with ALiBi position biases (alibi=True) is not supported")
     if getattr(config, "use_bidirectional_attention", None):

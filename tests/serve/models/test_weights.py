@@ -37,9 +37,7 @@ def editable(checkpoint, tmp_path):
 def shard(directory, tensors, count):
     """Writes `tensors` as `count` shards with an index, as large checkpoints are published."""
     names = sorted(tensors)
-    weight_map = {
-        name: f"model-{i * count // len(names) + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(names)
-    }
+    weight_map = {name: f"model-{i * count // len(names) + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(names)}
     for file in set(weight_map.values()):
         save_file({name: tensors[name] for name in names if weight_map[name] == file}, directory / file)
     (directory / FILE).unlink(missing_ok=True)
@@ -176,12 +174,8 @@ def test_truncated_file(editable, size):
 
 
 def test_random_weights_depend_on_the_seed_alone():
-    layer = LayerSpec(
-        num_heads=2, num_kv_heads=1, head_dim=8, query_scale=1.0, mlp_size=24, post_norms=True, qkv_bias=True
-    )
-    spec = ModelSpec(
-        "Gemma2ForCausalLM", 31, 16, (layer,) * 2, (RopeSpec(8, 64, {}),), 64, 1e-6, norm_weight_offset=1.0
-    )
+    layer = LayerSpec(num_heads=2, num_kv_heads=1, head_dim=8, query_scale=1.0, mlp_size=24, post_norms=True, qkv_bias=True)
+    spec = ModelSpec("Gemma2ForCausalLM", 31, 16, (layer,) * 2, (RopeSpec(8, 64, {}),), 64, 1e-6, norm_weight_offset=1.0)
     first, again, other = (random_weights(spec, dtype=torch.float32, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.layers[1].qkv, again.layers[1].qkv)
     assert not torch.equal(first.layers[1].qkv, other.layers[1].qkv)
