@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from penstock.ops.sampling.apply_penalties import apply_penalties
-from penstock.ops.sampling.log_probs import log_probs
-from penstock.ops.sampling.sample import sample
+from penstock.ops import apply_penalties, log_probs, sample
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import SlotInit, TokenLogprobs
 

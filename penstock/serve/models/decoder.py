@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
-from penstock.ops.activation.gelu_and_mul import gelu_and_mul
-from penstock.ops.activation.silu_and_mul import silu_and_mul
-from penstock.ops.attention.decode import attention_decode, attention_decode_plan
-from penstock.ops.attention.prefill import attention_prefill_paged
-from penstock.ops.kvcache.store_kv import store_kv
-from penstock.ops.norm.add_rms_norm import add_rms_norm
-from penstock.ops.norm.rms_norm import rms_norm
-from penstock.ops.rotary.rope import rope
-from penstock.ops.rotary.rope_table import rope_table
+from penstock.ops import (
+    add_rms_norm,
+    attention_decode,
+    attention_decode_plan,
+    attention_prefill_paged,
+    gelu_and_mul,
+    rms_norm,
+    rope,
+    rope_table,
+    silu_and_mul,
+    store_kv,
+)
 from penstock.serve.models.spec import LayerSpec, ModelSpec
 from penstock.serve.models.weights import LayerWeights, Weights
 
@@ -59,13 +62,7 @@ class Decoder:
         self.lm_head = weights.lm_head
         dtype, device = weights.embedding.dtype, weights.embedding.device
         tables = [
-            rope_table(
-                rope.parameters,
-                head_dim=rope.head_dim,
-                max_positions=max_model_len,
-                max_position_embeddings=rope.max_position_embeddings,
-            )
-            for rope in spec.ropes
+            rope_table(own.parameters, head_dim=own.head_dim, max_position=max_model_len, device=device) for own in spec.ropes
         ]
         inputs = [layer.input_norm for layer in weights.layers]
         self.first_norm = inputs[0]
@@ -89,7 +86,7 @@ class Decoder:
             residual.mul_(self.embedding_scale)
         hidden = rms_norm(residual, self.first_norm, eps=self.norm_eps, weight_offset=self.norm_offset)
         for layer in self.layers:
-            hidden, residual = layer(hidden, residual, batch)
+            hidden = layer(hidden, residual, batch)
         return hidden
 
     def plan(self, seqlens_k: Tensor, page_size: int) -> Tensor | None:
@@ -153,21 +150,22 @@ class DecoderLayer:
         self.attention_options: dict[str, Any] = {
             "scale": layer.query_scale,
             "window": (-1 if layer.window is None else layer.window - 1, -1),
-            "softcap": layer.attention_softcap or 0.0,
+            "softcap": layer.attention_softcap,
         }
 
-    def __call__(self, hidden: Tensor, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(normed [T, H], residual [T, H]) → the same for the next layer."""
+    def __call__(self, hidden: Tensor, residual: Tensor, batch: Batch) -> Tensor:
+        """Normed [T, H] → normed for the next layer; adds to residual [T, H] in place."""
         own, eps, offset = self.weights, self.eps, self.offset
         hidden = linear(self.attend(hidden, batch), own.o, own.o_bias)
         if own.post_attention_norm is not None:
-            hidden = rms_norm(hidden, own.post_attention_norm, eps=eps, weight_offset=offset)
-        hidden, residual = add_rms_norm(hidden, residual, own.mlp_norm, eps=eps, weight_offset=offset)
+            rms_norm(hidden, own.post_attention_norm, eps=eps, weight_offset=offset, out=hidden)
+        add_rms_norm(hidden, residual, own.mlp_norm, eps=eps, weight_offset=offset, out=(hidden, residual))
         hidden = self.activation(linear(hidden, own.gate_up, own.gate_up_bias))
         hidden = linear(hidden, own.down, own.down_bias)
         if own.post_mlp_norm is not None:
-            hidden = rms_norm(hidden, own.post_mlp_norm, eps=eps, weight_offset=offset)
-        return add_rms_norm(hidden, residual, self.next_norm, eps=eps, weight_offset=offset)
+            rms_norm(hidden, own.post_mlp_norm, eps=eps, weight_offset=offset, out=hidden)
+        add_rms_norm(hidden, residual, self.next_norm, eps=eps, weight_offset=offset, out=(hidden, residual))
+        return hidden
 
     def attend(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Attention output [T, Hq·D] before the output projection; stores the new keys and values."""
@@ -175,9 +173,9 @@ class DecoderLayer:
         heads = linear(hidden, own.qkv, own.qkv_bias).view(total, -1, self.spec.head_dim)
         q, k, v = heads.split(self.head_split, dim=1)
         if own.q_norm is not None and own.k_norm is not None:
-            q = rms_norm(q, own.q_norm, eps=self.eps, weight_offset=self.offset)
-            k = rms_norm(k, own.k_norm, eps=self.eps, weight_offset=self.offset)
-        q, k = rope(q, k, self.cos_sin, batch.positions)
+            rms_norm(q, own.q_norm, eps=self.eps, weight_offset=self.offset, out=q)
+            rms_norm(k, own.k_norm, eps=self.eps, weight_offset=self.offset, out=k)
+        rope(q, k, self.cos_sin, batch.positions, out=(q, k))
         store_kv(k, v, self.k_cache, self.v_cache, batch.slots)
         return self.attention(q, batch).view(total, -1)
 

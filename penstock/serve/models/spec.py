@@ -19,7 +19,6 @@ class RopeSpec:
     """One rotary table: `parameters` holds rope_type, rope_theta and the factors of that type."""
 
     head_dim: int
-    max_position_embeddings: int
     parameters: dict[str, Any]
 
 
@@ -179,7 +178,9 @@ def _rope(name: str, config: Any, head_dim: int, layer_type: str | None = None, 
         parameters["rope_theta"] = getattr(config, "rope_theta", None) or theta
     if kind in ("llama3", "yarn"):
         parameters.setdefault("original_max_position_embeddings", config.max_position_embeddings)
-    return RopeSpec(head_dim, config.max_position_embeddings, parameters)
+    if kind == "dynamic":
+        parameters["original_max_position_embeddings"] = config.max_position_embeddings
+    return RopeSpec(head_dim, parameters)
 
 
 def _head_dim(name: str, config: Any) -> int:

@@ -175,7 +175,7 @@ def test_truncated_file(editable, size):
 
 def test_random_weights_depend_on_the_seed_alone():
     layer = LayerSpec(num_heads=2, num_kv_heads=1, head_dim=8, query_scale=1.0, mlp_size=24, post_norms=True, qkv_bias=True)
-    spec = ModelSpec("Gemma2ForCausalLM", 31, 16, (layer,) * 2, (RopeSpec(8, 64, {}),), 64, 1e-6, norm_weight_offset=1.0)
+    spec = ModelSpec("Gemma2ForCausalLM", 31, 16, (layer,) * 2, (RopeSpec(8, {}),), 64, 1e-6, norm_weight_offset=1.0)
     first, again, other = (random_weights(spec, dtype=torch.float32, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.layers[1].qkv, again.layers[1].qkv)
     assert not torch.equal(first.layers[1].qkv, other.layers[1].qkv)
@@ -189,7 +189,7 @@ import torch
 from penstock.serve.models.spec import LayerSpec, ModelSpec, RopeSpec
 from penstock.serve.models.weights import allocate_weights, checkpoint_names, load_weights
 layer = LayerSpec(num_heads=8, num_kv_heads=4, head_dim=64, query_scale=1.0, mlp_size=3072)
-spec = ModelSpec("LlamaForCausalLM", 8000, 768, (layer,) * 5, (RopeSpec(64, 64, {}),), 64, 1e-6)
+spec = ModelSpec("LlamaForCausalLM", 8000, 768, (layer,) * 5, (RopeSpec(64, {}),), 64, 1e-6)
 if sys.argv[2] == "write":
     import json
     from safetensors.torch import save_file
