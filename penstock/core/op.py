@@ -72,6 +72,7 @@ class Op:
         self._cost: Callable[..., Cost] | None = None
         self._check_values: Callable[..., None] | None = None
         self._picked: dict[tuple[object, ...], Callable[..., None]] = {}
+        self._choices: dict[str, dict[str, str]] = {}
         self._define(schema)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,6 +159,10 @@ class Op:
             reasons[name] = missing[0] if missing else ""
         return reasons
 
+    def choices(self) -> dict[str, dict[str, str]]:
+        """The implementations picked since the start, each with why those before it were passed over, as last seen."""
+        return {name: dict(passed_over) for name, passed_over in self._choices.items()}
+
     # ---- choosing
 
     def pick(self, impl: str, *args: Any) -> Callable[..., None]:
@@ -188,6 +193,7 @@ class Op:
 
     def _choose(self, impl: str, named: dict[str, Any]) -> Callable[..., None]:
         if impl == "reference":
+            self._choices[impl] = {}
             return functools.partial(self._launch_plain, self.definition)
         if impl == "baseline" and self._baseline:
             return functools.partial(self._launch_plain, self._baseline)
@@ -195,14 +201,16 @@ class Op:
             known = ", ".join(["auto", *self.implementations, "reference"])
             raise self.contract.error("impl", f"must be one of {known}, got {impl!r}", named)
         candidates = self.implementations.values() if impl == "auto" else [self.implementations[impl]]
-        reasons = {}
+        reasons: dict[str, str] = {}
         for candidate in candidates:
             reason = candidate.refuses(named, by_name=impl != "auto")
             if reason is None:
+                self._choices[candidate.name] = reasons
                 return candidate.launch
             reasons[candidate.name] = reason
         on_cpu = all(value.device.type == "cpu" for value in named.values() if isinstance(value, Tensor))
         if impl == "auto" and on_cpu:
+            self._choices["reference"] = reasons
             return functools.partial(self._launch_plain, self.definition)
         if impl == "auto":
             reasons["reference"] = "on a GPU it must be asked for by name"

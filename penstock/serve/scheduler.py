@@ -167,7 +167,6 @@ class Scheduler:
             raise RuntimeError("Scheduler.step: the last plan was not committed")
         if not self._requests:
             return None
-        preemptions = self.num_preemptions
         new: list[SlotInit] = []
         decodes: list[Work] = []
         prefills: list[Work] = []
@@ -190,7 +189,7 @@ class Scheduler:
                 prefills.append(work)
                 budget -= count
 
-        while self._waiting and self.num_preemptions == preemptions:
+        while self._waiting:
             request = next(iter(self._waiting.values()))
             count = self._chunk(request, budget)
             if count == 0 or not self._free_slots or not self._has_room(request, count):
@@ -254,7 +253,10 @@ class Scheduler:
         return 0
 
     def _has_room(self, request: _Request, count: int) -> bool:
-        """Whether a waiting request may start: pages for its first chunk, or for all of it once it was preempted."""
+        """Whether a waiting request may start: pages for its first chunk, or for all of it once it was preempted.
+
+        Were a preempted request let back in chunk by chunk, those running would soon take its pages again.
+        """
         if not self._running:
             return True
         tokens = request.remaining if request.was_preempted else count

@@ -184,6 +184,16 @@ def test_admission_leaves_the_watermark_to_those_running():
     assert (scheduler.num_running, scheduler.num_waiting) == (2, 0)
 
 
+def test_a_preempted_request_comes_back_only_when_all_of_it_fits():
+    scheduler, runner = build(num_pages=8, max_prefill_chunk=4, watermark=1)
+    scheduler.add("old", [1] * 4, params(28), 0)
+    scheduler.add("young", [1] * 12, params(12), 0)
+    tokens, _ = run(scheduler, runner)
+    assert scheduler.num_preemptions == 1
+    assert sum(plan.num_tokens for plan in runner.plans) < 4 + 27 + 2 * (12 + 11)
+    assert [len(tokens[name]) for name in ("old", "young")] == [28, 12]
+
+
 def test_an_older_prefill_takes_pages_from_a_younger_decode():
     scheduler, runner = build(num_pages=6, max_prefill_chunk=4, max_num_seqs=2, watermark=0)
     scheduler.add("long", [1] * 21, params(2), 0)

@@ -8,6 +8,8 @@ from torch import Tensor
 from penstock.core.cases import Case, Cost, nbytes
 from penstock.core.check import FLOATS, anything, positive
 from penstock.core.op import op
+from penstock.core.rows import unfit_rows
+from penstock.ops.norm.rms_norm_cpu import normalise
 
 SPEC = {
     "x": ("* N", FLOATS),
@@ -54,7 +56,11 @@ def _reference(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> T
     return (wide * scale * (weight.to(wide.dtype) + weight_offset)).to(x.dtype)
 
 
-@rms_norm.impl("triton", needs=("triton",))
+def _unfit(x: Tensor, out: Tensor | None, **others: object) -> str | None:
+    return unfit_rows(x=x, out=out)
+
+
+@rms_norm.impl("triton", needs=("triton",), supports=_unfit)
 def _triton(out: Tensor, x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> None:
     from penstock.ops.norm.rms_norm_triton import launch
 
@@ -63,11 +69,7 @@ def _triton(out: Tensor, x: Tensor, weight: Tensor, eps: float, weight_offset: f
 
 @rms_norm.impl("cpu", needs=("cpu",))
 def _cpu(out: Tensor, x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> None:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weight = weight.to(wide)
-    if weight_offset:
-        weight = weight + weight_offset
-    out.copy_(torch.nn.functional.rms_norm(x.to(wide), x.shape[-1:], weight, eps))
+    normalise(out, x, weight, eps, weight_offset)
 
 
 @rms_norm.cost
@@ -97,6 +99,9 @@ def cases() -> Iterable[Case]:
     yield case("gemma", 6, 640, weight_offset=1.0)
     yield case("empty", 0, 512)
     yield case("wide", 2, 65536)
+    yield case("wide_ragged", 2, 20001)
     yield case("decode_64x4096", 64, 4096, bench=True)
     yield case("prefill_8192x4096", 8192, 4096, bench=True)
     yield case("prefill_8192x8192", 8192, 8192, bench=True)
+    yield case("prefill_1024x65536", 1024, 65536, bench=True)
+    yield case("head_norm_8192x64x128", 8192, 64, 128, bench=True)
