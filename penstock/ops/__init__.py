@@ -9,3 +9,4 @@ from penstock.ops.norm.add_rms_norm import add_rms_norm as add_rms_norm
 from penstock.ops.norm.rms_norm import rms_norm as rms_norm
 from penstock.ops.rotary.rope import rope as rope
 from penstock.ops.rotary.table import rope_table as rope_table
+from penstock.ops.sampling.sample import sample as sample
