@@ -9,8 +9,8 @@ The public function checks and chooses with `pick`, allocates its results, and l
         launch(out, x, weight, eps)
         return out
 
-The schema lists what a launch takes. Arguments named out… are results; the reference takes the others and returns the
-results. Whatever else is marked (a!) is changed in place, by the reference too.
+The schema lists what a launch takes. Arguments named out… and marked (a!) are results; the reference takes the others and
+returns the results. Whatever else is marked (a!) is changed in place, by the reference too.
 """
 
 import functools
@@ -70,6 +70,7 @@ class Op:
         self._baseline: Callable[..., Any] | None = None
         self._cases: Callable[[], Iterable[Case]] = tuple
         self._cost: Callable[..., Cost] | None = None
+        self._relation: Callable[..., tuple[str, str] | None] = lambda **named: None
         self._check_values: Callable[..., None] | None = None
         self._picked: dict[tuple[object, ...], Callable[..., None]] = {}
         self._choices: dict[str, dict[str, str]] = {}
@@ -130,6 +131,11 @@ class Op:
         self._cost = function
         return function
 
+    def relation(self, function: Callable[..., tuple[str, str] | None]) -> Callable[..., tuple[str, str] | None]:
+        """Declares what shapes must satisfy beyond the contract's symbols; answers None or (argument, "must be …")."""
+        self._relation = function
+        return function
+
     def check_values(self, function: Callable[..., None]) -> Callable[..., None]:
         """Declares a check of what tensors hold, made only with PENSTOCK_CHECK=values."""
         self._check_values = function
@@ -178,7 +184,11 @@ class Op:
         key = (impl, *[(a.shape, a.dtype, a.stride(), a.device) if isinstance(a, Tensor) else a for a in args])
         launch = self._picked.get(key)
         if launch is None:
-            launch = self._choose(impl, self.contract.check(args))
+            named = self.contract.check(args)
+            fault = self._relation(**named)
+            if fault:
+                raise self.contract.error(*fault, named)
+            launch = self._choose(impl, named)
             if len(self._picked) >= MEMO_LIMIT:
                 self._picked.clear()
             self._picked[key] = launch
@@ -238,7 +248,7 @@ class Op:
         missing = [name for name in self.contract.names if name not in names]
         if missing:
             raise ValueError(f"{self.name}: the schema lacks the contract's arguments {missing}; it has {names}")
-        self._num_outs = sum(name.startswith("out") for name in names)
+        self._num_outs = sum(a.is_write and a.name.startswith("out") for a in self.arguments)
         positions = [names.index(name) for name in self.contract.names]
 
         def run(impl: str, *args: Any) -> None:

@@ -85,8 +85,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except TokenizerError:
         raise
     except Exception as error:  # the loaders raise whatever their parsers do
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise TokenizerError(
-            f"tokenizer: cannot read one from {str(path)!r} ({error}); with skip_tokenizer_init=True "
+            f"tokenizer: cannot read one from {str(path)!r} ({reason}); with skip_tokenizer_init=True "
             f"prompts and outputs are token ids and none is needed"
         ) from error
 
@@ -113,9 +114,7 @@ class IncrementalDetokenizer:
     CONTEXT = 8  # tokens of the prompt to look back at
     HELD = 64  # tokens; more than any character has, so what is held is no character and is given out
 
-    def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._pending: list[int] = []  # fed since text last came out

@@ -32,6 +32,7 @@ class SimulatedRunner:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         max_prefill_chunk: int | None = None,
+        script: list[int] | None = None,
     ) -> None:
         self.num_pages, self.page_size, self.max_model_len = num_pages, page_size, max_model_len
         self.vocab_size, self.eos_token_ids = vocab_size, eos_token_ids
@@ -40,6 +41,7 @@ class SimulatedRunner:
         self.pool: list[list[tuple[int, int] | None]] = [[None] * page_size for _ in range(num_pages)]
         self.rows: dict[int, _Row] = {}
         self.plans: list[StepPlan] = []
+        self.script = script  # the tokens of every output, in place of the hash
 
     def next_token(self, seed: int, history: list[int]) -> int:
         """The token that this model makes after a history."""
@@ -87,6 +89,8 @@ class SimulatedRunner:
         entries = [self.pool[row.pages[at // self.page_size]][at % self.page_size] for at in range(row.computed)]
         assert [entry and entry[0] for entry in entries] == list(range(row.computed)), "a page was overwritten"
         token = self.next_token(row.init.seed, [entry[1] for entry in entries if entry])
+        if self.script is not None:
+            token = self.script[len(row.sampled) % len(self.script)]
         row.sampled.append(token)
         return token
 

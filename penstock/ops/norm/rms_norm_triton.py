@@ -1,8 +1,50 @@
-"""One pass over memory: a program holds whole rows in registers; the residual sum, when there is one, is part of the pass."""
+"""A program holds whole rows in registers; a row too wide for that is walked twice in chunks, the second time out of L2.
+
+The residual sum, when there is one, is part of the first walk.
+"""
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from penstock.core.rows import fold_rows
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A program takes `rows` rows, `block` columns at a time, with num_warps warps."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+def configure(N: int) -> Launch:
+    """Sixteen values a thread: two 16-byte loads in bfloat16, and no spill with a residual and a float32 weight."""
+    width = triton.next_power_of_2(N)
+    if width > 16384:
+        return Launch(rows=1, block=8192, num_warps=16)
+    rows = max(1, min(64, 2048 // width))
+    return Launch(rows, width, max(4, rows * width // 512))
+
+
+@triton.jit
+def _read(x_ptr, residual_ptr, sum_ptr, columns, mask, HAS_RESIDUAL: tl.constexpr):
+    """x in float32; with a residual the rounded sum, which is stored."""
+    x = tl.load(x_ptr + columns, mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        rounded = (x + tl.load(residual_ptr + columns, mask, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + columns, rounded, mask)
+        x = rounded.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _scale_and_write(out_ptr, x, scale, weight_ptr, weight_offset, columns, inside, mask):
+    weight = tl.load(weight_ptr + columns, inside, other=0.0).to(tl.float32) + weight_offset
+    tl.store(out_ptr + columns, (x * scale[:, None] * weight).to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -14,7 +56,7 @@ def _rms_norm_kernel(
     weight_ptr,
     num_rows,
     N,
-    heads,
+    inner,
     out_outer,
     out_inner,
     sum_outer,
@@ -28,40 +70,36 @@ def _rms_norm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    outer = (rows // heads)[:, None]
-    inner = (rows % heads)[:, None]
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = (rows < num_rows)[:, None]
+    outer = (rows // inner).to(tl.int64)[:, None]
+    step = (rows % inner).to(tl.int64)[:, None]
+    out_rows = out_ptr + outer * out_outer + step * out_inner
+    sum_rows = sum_ptr + outer * sum_outer + step * sum_inner
+    x_rows = x_ptr + outer * x_outer + step * x_inner
+    residual_rows = residual_ptr + outer * residual_outer + step * residual_inner
     columns = tl.arange(0, BLOCK)[None, :]
-    mask = (rows < num_rows)[:, None] & (columns < N)
-    x = tl.load(x_ptr + outer * x_outer + inner * x_inner + columns, mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + outer * residual_outer + inner * residual_inner + columns, mask, other=0.0)
-        rounded = (x + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + outer * sum_outer + inner * sum_inner + columns, rounded, mask)
-        x = rounded.to(tl.float32)
-    weight = tl.load(weight_ptr + columns, columns < N, other=0.0).to(tl.float32) + weight_offset
-    scale = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)
-    y = x * scale[:, None] * weight
-    tl.store(out_ptr + outer * out_outer + inner * out_inner + columns, y.to(out_ptr.dtype.element_ty), mask)
-
-
-def rows_of(tensor: Tensor) -> tuple[int, int, int, int] | None:
-    """(rows, inner size, outer stride, inner stride) of a tensor's leading dimensions, or None when they do not fold."""
-    folded: list[list[int]] = []
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if folded and folded[-1][1] == size * stride:
-            folded[-1] = [folded[-1][0] * size, stride]
-        else:
-            folded.append([size, stride])
-    if len(folded) > 2:
-        return None
-    rows = tensor.numel() // max(tensor.shape[-1], 1)
-    if len(folded) == 2:
-        return rows, folded[1][0], folded[0][1], folded[1][1]
-    return rows, 1, folded[0][1] if folded else 0, 0
+    if WHOLE:
+        mask = live & (columns < N)
+        x = _read(x_rows, residual_rows, sum_rows, columns, mask, HAS_RESIDUAL)
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)
+        _scale_and_write(out_rows, x, scale, weight_ptr, weight_offset, columns, columns < N, mask)
+    else:
+        squares = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in range(0, N, BLOCK):
+            mask = live & (start + columns < N)
+            x = _read(x_rows, residual_rows, sum_rows, start + columns, mask, HAS_RESIDUAL)
+            squares += x * x
+        scale = tl.rsqrt(tl.sum(squares, axis=1) / N + eps)
+        # Another thread of the program may have written what this one reads back.
+        tl.debug_barrier()
+        kept_rows = sum_rows if HAS_RESIDUAL else x_rows
+        for start in range(0, N, BLOCK):
+            inside = start + columns < N
+            x = tl.load(kept_rows + start + columns, live & inside, other=0.0).to(tl.float32)
+            _scale_and_write(out_rows, x, scale, weight_ptr, weight_offset, start + columns, inside, live & inside)
 
 
 def launch(
@@ -73,32 +111,28 @@ def launch(
     eps: float,
     offset: float,
 ) -> None:
-    """Launches over rows; a row is one or more of a program's register tiles."""
-    N = x.shape[-1]
+    """Launches over the rows of tensors that `unfit_rows` found fit."""
     if x.numel() == 0:
         return
+    N = x.shape[-1]
     has_residual = residual is not None
-    tensors = [out, new_residual if has_residual else out, x, residual if has_residual else x]
-    folds = [rows_of(tensor) for tensor in tensors]
-    inner = max(fold[1] for fold in folds)
-    strides = []
-    for fold in folds:
-        # A tensor that folds to one stride is walked as `inner` steps of it.
-        strides += [fold[2], fold[3]] if fold[1] == inner else [fold[2] * inner, fold[2]]
-    num_rows = folds[0][0]
-    block = triton.next_power_of_2(N)
-    rows = max(1, min(16, 2048 // block))
-    _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
-        *tensors[:4],
+    # Without a residual the kernel takes x and out in its place and does not touch them.
+    tensors = [out, out if new_residual is None else new_residual, x, x if residual is None else residual]
+    folds = [fold for tensor in tensors if (fold := fold_rows(tensor)) is not None]
+    inner = max(fold.inner for fold in folds)
+    config = configure(N)
+    _rms_norm_kernel[(triton.cdiv(folds[0].count, config.rows),)](
+        *tensors,
         weight,
-        num_rows,
+        folds[0].count,
         N,
         inner,
-        *strides,
+        *[stride for fold in folds for stride in fold.strides(inner)],
         eps,
         offset,
         HAS_RESIDUAL=has_residual,
-        ROWS=rows,
-        BLOCK=block,
-        num_warps=max(4, min(32, rows * block // 1024)),
+        ROWS=config.rows,
+        BLOCK=config.block,
+        WHOLE=config.block >= N,
+        num_warps=config.num_warps,
     )
