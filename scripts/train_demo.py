@@ -40,11 +40,11 @@ Python documentation; what it says is not to be believed.
 - **Text**: {characters:,} characters that ship with CPython {python}: the language reference of `pydoc`, docstrings and
   prose comments of the standard library, the licence. Questions in the chat format were made from the docstrings.
   The text is under the PSF License Version 2 and the notices in CPython's `LICENSE`.
-- **Training**: {step:,} steps of {batch_tokens:,} tokens ({epochs:.1f} epochs) in float32 on one CPU thread, about
-  {minutes:.0f} minutes, contexts of 512 and 2,048, AdamW, cosine schedule. The step with the best validation loss was
-  kept. Losses are in `train_log.jsonl`.
+- **Training**: {step:,} steps of {batch_tokens:,} tokens ({epochs:.1f} epochs) on {hardware}, {minutes:.1f} minutes,
+  contexts of 512 and 2,048, AdamW, cosine schedule. The step with the best validation loss was kept. Losses are in
+  `train_log.jsonl`.
 - **Validation loss**: {loss:.3f} nats per token in bfloat16, on {validation_tokens:,} tokens of held-out documents.
-- **Command**: `python scripts/train_demo.py`
+- **Command**: `python scripts/train_demo.py {arguments}`
 
 Continuations, the first greedy, the others at temperature 0.7 and top-p 0.9:
 
@@ -73,7 +73,7 @@ class Stream:
 def validation_loss(model, ids: torch.Tensor) -> float:
     model.eval()
     with torch.no_grad():
-        losses = [model(input_ids=rows, labels=rows).loss.float().item() for rows in ids.split(8)]
+        losses = [model(input_ids=rows, labels=rows).loss.float().item() for rows in ids.to(model.device).split(8)]
     model.train()
     return sum(losses) / len(losses)
 
@@ -108,8 +108,9 @@ def train(model, stream: Stream, validation, options, partial: Path) -> list[dic
         rate = learning_rate(progress, options.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        rows = stream.step(step)
-        loss = model(input_ids=rows, labels=rows).loss
+        rows = stream.step(step).to(model.device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
+            loss = model(input_ids=rows, labels=rows).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -158,9 +159,7 @@ def export(partial: Path, model, tokenizer) -> Path:
 def continuations(folder: Path) -> list[str]:
     """One greedy and several sampled continuations by the exported checkpoint."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": CHAT_PROMPT}], tokenize=False, add_generation_prompt=True
-    )
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": CHAT_PROMPT}], tokenize=False, add_generation_prompt=True)
     torch.manual_seed(0)
     texts = []
     for index, prompt in enumerate([*PROMPTS, chat]):
@@ -186,6 +185,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--resume", action="store_true", help="go on from the last log line of an interrupted run")
     options = parser.parse_args()
     if options.batch % 2048:
@@ -220,7 +220,7 @@ def main() -> None:
         eos_token_id=1,
         pad_token_id=2,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).to(options.device)
     facts = {
         "python": platform.python_version(),
         "torch": torch.__version__.split("+")[0],
@@ -233,6 +233,8 @@ def main() -> None:
         "batch_tokens": options.batch,
         "steps": options.steps,
         "seed": options.seed,
+        "hardware": torch.cuda.get_device_name() if model.device.type == "cuda" else "one CPU thread",
+        "arguments": f"--device {options.device} --steps {options.steps} --batch {options.batch}",
     }
     print(json.dumps(facts), flush=True)
     try:
