@@ -11,10 +11,7 @@ def store(
 ) -> None:
     """Writes the rows whose slot is not negative."""
     if k_scale is not None and v_scale is not None:
-        k, v = _quantised(k, k_scale, k_cache.dtype), _quantised(v, v_scale, v_cache.dtype)
-        if k_cache.element_size() == 1:
-            # Indexed writes exist for bytes, not for FP8.
-            k, v, k_cache, v_cache = (tensor.view(torch.uint8) for tensor in (k, v, k_cache, v_cache))
+        k, v = _scaled(k, k_scale), _scaled(v, v_scale)
     numbers = slots.tolist()
     if len(numbers) == 1:
         if numbers[0] >= 0:
@@ -31,6 +28,11 @@ def store(
     _store_rows(v, v_cache, index)
 
 
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    # A 16-bit x divided by a float32 scale is a float32 quotient; writing it to the cache rounds it.
+    return (x / scale).clamp_(-FP8_TENSOR.largest, FP8_TENSOR.largest)
+
+
 def _store_row(x: Tensor, cache: Tensor, slot: int) -> None:
     page, offset = divmod(slot, cache.shape[1])
     page_stride, slot_stride, *rest = cache.stride()
@@ -39,13 +41,11 @@ def _store_row(x: Tensor, cache: Tensor, slot: int) -> None:
 
 
 def _store_rows(x: Tensor, cache: Tensor, index: Tensor) -> None:
+    if cache.dtype is torch.float8_e4m3fn:
+        # Indexed writes exist for bytes, not for FP8.
+        x, cache = x.to(cache.dtype).view(torch.uint8), cache.view(torch.uint8)
     size = cache.shape[1]
     if cache.stride(0) == size * cache.stride(1):
         cache.view(-1, *cache.shape[2:]).index_copy_(0, index, x)
     else:
         cache.index_put_((index // size, index % size), x)
-
-
-def _quantised(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    # A 16-bit x divided by a float32 scale is a float32 quotient.
-    return (x / scale).clamp_(-FP8_TENSOR.largest, FP8_TENSOR.largest).to(dtype)

@@ -38,10 +38,10 @@ def rotate(out_q: Tensor, out_k: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, 
     half = rotated // 2
     packed = heads_q < heads and _side_by_side(q, k)
     x = _pairs(q if packed else torch.cat((q, k), 1), heads, half, interleaved)
-    cos, sin = _rows(cos_sin, positions).view(tokens, 1, 2, half).split(1, 2)
+    # chunk and split_with_sizes, because Tensor.split passes through Python.
+    cos, sin = _rows(cos_sin, positions).view(tokens, 1, 1, rotated).chunk(2, 3)
     result = x * cos
-    sin = sin.squeeze(2)
-    (a, b), (first, second) = x.unbind(2), result.unbind(2)
+    (a, b), (first, second) = x.chunk(2, 2), result.chunk(2, 2)
     first.addcmul_(b, sin, value=-1)
     second.addcmul_(a, sin)
     if rotated < dim:
@@ -52,6 +52,6 @@ def rotate(out_q: Tensor, out_k: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, 
     if packed and ((out_q is q and out_k is k) or _side_by_side(out_q, out_k)):
         _pairs(out_q, heads, half, interleaved).copy_(result)
         return
-    new_q, new_k = result.split((heads_q, heads - heads_q), 1)
+    new_q, new_k = result.split_with_sizes((heads_q, heads - heads_q), 1)
     _pairs(out_q, heads_q, half, interleaved).copy_(new_q)
     _pairs(out_k, heads - heads_q, half, interleaved).copy_(new_k)
