@@ -3,14 +3,14 @@
 import itertools
 
 import pytest
-from simulated import SimulatedRunner
-from small_tokenizer import byte_level
 
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine import Engine, InvalidPrompt, child_seed
 from penstock.serve.outputs import Logprob
 from penstock.serve.params import SamplingParams
 from penstock.serve.scheduler import RequestRefused
+from tests.serve.simulated import SimulatedRunner
+from tests.serve.small_tokenizer import byte_level
 
 TOKENIZER = byte_level()
 
@@ -195,9 +195,7 @@ def test_seeds():
 
 def test_a_finished_completion_waits_for_the_others():
     engine = build()
-    engine.add_request(
-        "a", "the wheel", SamplingParams(n=4, seed=1, max_tokens=40, stop_token_ids=list(range(0, 320, 9)))
-    )
+    engine.add_request("a", "the wheel", SamplingParams(n=4, seed=1, max_tokens=40, stop_token_ids=list(range(0, 320, 9))))
     outputs = run(engine)["a"]
     lengths = [len(completion.token_ids) for completion in outputs[-1].outputs]
     assert len(set(lengths)) > 1
@@ -295,9 +293,7 @@ class Interrupted(SimulatedRunner):
         return super().execute(plan)
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"), [(KeyboardInterrupt(), "abort"), (RuntimeError("out of memory"), "error")]
-)
+@pytest.mark.parametrize(("error", "reason"), [(KeyboardInterrupt(), "abort"), (RuntimeError("out of memory"), "error")])
 def test_after_an_interruption_all_have_ended_and_the_engine_goes_on(error, reason):
     engine = build(max_num_seqs=2, max_num_batched_tokens=8)
     expected = complete(engine, seed=3, max_tokens=6)

@@ -1,0 +1,31 @@
+"""Every environment variable Penstock reads: name, allowed values, default, one sentence. A bad value raises."""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable whose value is one of a few words."""
+
+    name: str
+    choices: tuple[str, ...]
+    default: str
+    meaning: str
+
+    def read(self) -> str:
+        """The value in force; raises ValueError when it is not one of the choices."""
+        value = os.environ.get(self.name, self.default)
+        if value not in self.choices:
+            wanted = " or ".join(repr(choice) for choice in self.choices)
+            raise ValueError(f"environment variable {self.name} must be {wanted}, got {value!r}")
+        return value
+
+
+CHECK = Variable(
+    "PENSTOCK_CHECK",
+    ("static", "values"),
+    "static",
+    "'values' also checks what tensors hold (index ranges, offsets); it reads device data and is slow.",
+)
+VARIABLES = (CHECK,)

@@ -1,0 +1,138 @@
+"""A program holds whole rows in registers; a row too wide for that is walked twice in chunks, the second time out of L2.
+
+The residual sum, when there is one, is part of the first walk.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from penstock.core.rows import fold_rows
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A program takes `rows` rows, `block` columns at a time, with num_warps warps."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+def configure(N: int) -> Launch:
+    """Sixteen values a thread: two 16-byte loads in bfloat16, and no spill with a residual and a float32 weight."""
+    width = triton.next_power_of_2(N)
+    if width > 16384:
+        return Launch(rows=1, block=8192, num_warps=16)
+    rows = max(1, min(64, 2048 // width))
+    return Launch(rows, width, max(4, rows * width // 512))
+
+
+@triton.jit
+def _read(x_ptr, residual_ptr, sum_ptr, columns, mask, HAS_RESIDUAL: tl.constexpr):
+    """x in float32; with a residual the rounded sum, which is stored."""
+    x = tl.load(x_ptr + columns, mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        rounded = (x + tl.load(residual_ptr + columns, mask, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + columns, rounded, mask)
+        x = rounded.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _scale_and_write(out_ptr, x, scale, weight_ptr, weight_offset, columns, inside, mask):
+    weight = tl.load(weight_ptr + columns, inside, other=0.0).to(tl.float32) + weight_offset
+    tl.store(out_ptr + columns, (x * scale[:, None] * weight).to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    out_ptr,
+    sum_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    num_rows,
+    N,
+    inner,
+    out_outer,
+    out_inner,
+    sum_outer,
+    sum_inner,
+    x_outer,
+    x_inner,
+    residual_outer,
+    residual_inner,
+    eps,
+    weight_offset,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = (rows < num_rows)[:, None]
+    outer = (rows // inner).to(tl.int64)[:, None]
+    step = (rows % inner).to(tl.int64)[:, None]
+    out_rows = out_ptr + outer * out_outer + step * out_inner
+    sum_rows = sum_ptr + outer * sum_outer + step * sum_inner
+    x_rows = x_ptr + outer * x_outer + step * x_inner
+    residual_rows = residual_ptr + outer * residual_outer + step * residual_inner
+    columns = tl.arange(0, BLOCK)[None, :]
+    if WHOLE:
+        mask = live & (columns < N)
+        x = _read(x_rows, residual_rows, sum_rows, columns, mask, HAS_RESIDUAL)
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)
+        _scale_and_write(out_rows, x, scale, weight_ptr, weight_offset, columns, columns < N, mask)
+    else:
+        squares = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in range(0, N, BLOCK):
+            mask = live & (start + columns < N)
+            x = _read(x_rows, residual_rows, sum_rows, start + columns, mask, HAS_RESIDUAL)
+            squares += x * x
+        scale = tl.rsqrt(tl.sum(squares, axis=1) / N + eps)
+        # Another thread of the program may have written what this one reads back.
+        tl.debug_barrier()
+        kept_rows = sum_rows if HAS_RESIDUAL else x_rows
+        for start in range(0, N, BLOCK):
+            inside = start + columns < N
+            x = tl.load(kept_rows + start + columns, live & inside, other=0.0).to(tl.float32)
+            _scale_and_write(out_rows, x, scale, weight_ptr, weight_offset, start + columns, inside, live & inside)
+
+
+def launch(
+    out: Tensor,
+    new_residual: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+) -> None:
+    """Launches over the rows of tensors that `unfit_rows` found fit."""
+    if x.numel() == 0:
+        return
+    N = x.shape[-1]
+    has_residual = residual is not None
+    # Without a residual the kernel takes x and out in its place and does not touch them.
+    tensors = [out, out if new_residual is None else new_residual, x, x if residual is None else residual]
+    folds = [fold for tensor in tensors if (fold := fold_rows(tensor)) is not None]
+    inner = max(fold.inner for fold in folds)
+    config = configure(N)
+    _rms_norm_kernel[(triton.cdiv(folds[0].count, config.rows),)](
+        *tensors,
+        weight,
+        folds[0].count,
+        N,
+        inner,
+        *[stride for fold in folds for stride in fold.strides(inner)],
+        eps,
+        offset,
+        HAS_RESIDUAL=has_residual,
+        ROWS=config.rows,
+        BLOCK=config.block,
+        WHOLE=config.block >= N,
+        num_warps=config.num_warps,
+    )
