@@ -131,17 +131,16 @@ class IncrementalDetokenizer:
             return self.flush()  # a decoder that rewrote earlier text: go on from what it says now
         if text is None:
             return self.flush() if len(self._pending) >= self.HELD else ""
-        self._context, self._pending = self._pending, []
+        self._pending = []
         return text
 
     def flush(self) -> str:
         """Whatever is still held, incomplete characters as U+FFFD."""
         if not self._pending:
             return ""
-        before = self._decode(self._context)
-        text = self._decode(self._context + self._pending)
+        text = self._decode(self._pending)
         self._open(self._pending)
-        return text[len(before) :]
+        return text
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
@@ -150,7 +149,6 @@ class IncrementalDetokenizer:
         """Begin anew after these tokens, which must end in a whole character or are not looked at."""
         if self._decode(context).endswith(REPLACEMENT):
             context = []
-        self._context = context
         self._pending = []
         self._stream = DecodeStream(ids=list(context), skip_special_tokens=self._skip_special_tokens)
 
