@@ -166,13 +166,15 @@ class StopScanner:
 
     def feed(self, text: str) -> tuple[str, str | None]:
         """The text that may be shown, and the stop string once one was found (nothing may be fed after that)."""
+        if not self._stop:
+            return text, None
         text = self._held + text
         ends = [(at + len(stop), -len(stop), stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
             end, _, stop = min(ends)
             self._held = ""
             return text[:end] if self._include else text[: end - len(stop)], stop
-        longest = min(len(text), len(self._stop[0]) - 1) if self._stop else 0
+        longest = min(len(text), len(self._stop[0]) - 1)
         held = next((size for size in range(longest, 0, -1) if self._may_begin(text[-size:])), 0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], None
