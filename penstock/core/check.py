@@ -148,19 +148,18 @@ class _TensorRule:
         shape = tuple(value.shape)
         rank = len(self.dimensions)
         split = len(shape) - rank
+        bound = dict(symbols)
         good = split >= 0 if self.leading else split == 0
         if good and self.leading:
-            good = symbols.setdefault("*", shape[:split]) == shape[:split]
-        if good:
-            # Every dimension is visited, so that all symbols are bound when the message is written.
-            fits = [dimension.agrees(size, symbols) for dimension, size in zip(self.dimensions, shape[split:], strict=True)]
-            good = all(fits)
+            good = bound.setdefault("*", shape[:split]) == shape[:split]
+        good = good and all(d.agrees(size, bound) for d, size in zip(self.dimensions, shape[split:], strict=True))
         if not good:
             lead = ["*"] if self.leading else []
             if self.leading and "*" in symbols:
                 lead = [str(size) for size in symbols["*"]]
             wanted = ", ".join(lead + [dimension.show(symbols) for dimension in self.dimensions])
             return f"must be [{wanted}], got {list(shape)}"
+        symbols.update(bound)
         device = symbols.setdefault("device", value.device)
         if value.device != device:
             return f"must be on {device} like the other tensors, got {value.device}"

@@ -9,8 +9,8 @@ The public function checks and chooses with `pick`, allocates its results, and l
         launch(out, x, weight, eps)
         return out
 
-The schema lists what a launch takes. Arguments named out… are results; the reference takes the others and returns the
-results. Whatever else is marked (a!) is changed in place, by the reference too.
+The schema lists what a launch takes. Arguments named out… and marked (a!) are results; the reference takes the others and
+returns the results. Whatever else is marked (a!) is changed in place, by the reference too.
 """
 
 import functools
@@ -70,8 +70,10 @@ class Op:
         self._baseline: Callable[..., Any] | None = None
         self._cases: Callable[[], Iterable[Case]] = tuple
         self._cost: Callable[..., Cost] | None = None
+        self._relation: Callable[..., tuple[str, str] | None] = lambda **named: None
         self._check_values: Callable[..., None] | None = None
         self._picked: dict[tuple[object, ...], Callable[..., None]] = {}
+        self._choices: dict[str, dict[str, str]] = {}
         self._define(schema)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,6 +131,11 @@ class Op:
         self._cost = function
         return function
 
+    def relation(self, function: Callable[..., tuple[str, str] | None]) -> Callable[..., tuple[str, str] | None]:
+        """Declares what shapes must satisfy beyond the contract's symbols; answers None or (argument, "must be …")."""
+        self._relation = function
+        return function
+
     def check_values(self, function: Callable[..., None]) -> Callable[..., None]:
         """Declares a check of what tensors hold, made only with PENSTOCK_CHECK=values."""
         self._check_values = function
@@ -158,6 +165,10 @@ class Op:
             reasons[name] = missing[0] if missing else ""
         return reasons
 
+    def choices(self) -> dict[str, dict[str, str]]:
+        """The implementations picked since the start, each with why those before it were passed over, as last seen."""
+        return {name: dict(passed_over) for name, passed_over in self._choices.items()}
+
     # ---- choosing
 
     def pick(self, impl: str, *args: Any) -> Callable[..., None]:
@@ -173,7 +184,11 @@ class Op:
         key = (impl, *[(a.shape, a.dtype, a.stride(), a.device) if isinstance(a, Tensor) else a for a in args])
         launch = self._picked.get(key)
         if launch is None:
-            launch = self._choose(impl, self.contract.check(args))
+            named = self.contract.check(args)
+            fault = self._relation(**named)
+            if fault:
+                raise self.contract.error(*fault, named)
+            launch = self._choose(impl, named)
             if len(self._picked) >= MEMO_LIMIT:
                 self._picked.clear()
             self._picked[key] = launch
@@ -188,6 +203,7 @@ class Op:
 
     def _choose(self, impl: str, named: dict[str, Any]) -> Callable[..., None]:
         if impl == "reference":
+            self._choices[impl] = {}
             return functools.partial(self._launch_plain, self.definition)
         if impl == "baseline" and self._baseline:
             return functools.partial(self._launch_plain, self._baseline)
@@ -195,14 +211,16 @@ class Op:
             known = ", ".join(["auto", *self.implementations, "reference"])
             raise self.contract.error("impl", f"must be one of {known}, got {impl!r}", named)
         candidates = self.implementations.values() if impl == "auto" else [self.implementations[impl]]
-        reasons = {}
+        reasons: dict[str, str] = {}
         for candidate in candidates:
             reason = candidate.refuses(named, by_name=impl != "auto")
             if reason is None:
+                self._choices[candidate.name] = reasons
                 return candidate.launch
             reasons[candidate.name] = reason
         on_cpu = all(value.device.type == "cpu" for value in named.values() if isinstance(value, Tensor))
         if impl == "auto" and on_cpu:
+            self._choices["reference"] = reasons
             return functools.partial(self._launch_plain, self.definition)
         if impl == "auto":
             reasons["reference"] = "on a GPU it must be asked for by name"
@@ -230,7 +248,7 @@ class Op:
         missing = [name for name in self.contract.names if name not in names]
         if missing:
             raise ValueError(f"{self.name}: the schema lacks the contract's arguments {missing}; it has {names}")
-        self._num_outs = sum(name.startswith("out") for name in names)
+        self._num_outs = sum(a.is_write and a.name.startswith("out") for a in self.arguments)
         positions = [names.index(name) for name in self.contract.names]
 
         def run(impl: str, *args: Any) -> None:

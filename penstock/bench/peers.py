@@ -1,0 +1,198 @@
+"""Peers: for each operator the public functions that compute the same, each prepared outside the timing.
+
+A peer is a function from a case's arguments to a call without arguments, or to a sentence why it cannot or should not take
+the case. Peers are imported when they are prepared; a missing package is a reason like any other.
+
+    PEERS["rms_norm"]["torch F.rms_norm"](arguments)() -> tensor
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from penstock.bench.host import recorded
+from penstock.bench.inputs import Arguments
+from penstock.bench.timing import Call
+from penstock.core.op import Op
+
+Peer = Callable[[Arguments], Call | str]
+
+# Rooms whose references are a few element-wise passes and reductions, which torch.compile fuses into one kernel. The
+# references of the others loop over requests or materialise scores: compiled, they would be a straw man.
+COMPILED_ROOMS = ("norm", "activation", "quantize", "rotary")
+COMPILED_TOO = ("merge_attention", "log_probs", "apply_penalties", "moe_route")
+
+
+def peers_of(op: Op) -> dict[str, Peer]:
+    """Every peer of an operator by name."""
+    from penstock.bench.peers_flashinfer import FLASHINFER
+
+    room = op.module.split(".")[2] if op.module.startswith("penstock.ops.") else ""
+    found: dict[str, Peer] = {}
+    if room in COMPILED_ROOMS or op.name in COMPILED_TOO:
+        found["torch.compile"] = compiled_reference(op)
+    found.update(PEERS.get(op.name, {}))
+    found.update(FLASHINFER.get(op.name, {}))
+    return found
+
+
+def compiled_reference(op: Op) -> Peer:
+    """torch.compile of the operator's reference, one static shape after another."""
+    compiled: dict[str, Callable[..., Any]] = {}
+
+    def prepare(arguments: Arguments) -> Call | str:
+        if op.definition is None:
+            return f"{op.name} has no reference to compile"
+        inputs = [argument for argument in op.arguments if not argument.name.startswith("out")]
+        if any(argument.is_write for argument in inputs):
+            return "the reference changes its arguments in place"
+        outs = sum(argument.name.startswith("out") for argument in op.arguments)
+        values = recorded(op, arguments, "reference")[1][outs:]
+        if "reference" not in compiled:
+            torch._dynamo.reset()
+            # Without the limit a fourth shape would silently fall back to eager.
+            torch._dynamo.config.recompile_limit = 64
+            compiled["reference"] = torch.compile(op.definition, dynamic=False)
+        return lambda: compiled["reference"](*values)
+
+    return prepare
+
+
+# ---- norm, activation
+
+
+def _plain_norm(arguments: Arguments) -> Call | str:
+    x, weight = arguments["x"], arguments["weight"]
+    if arguments.get("weight_offset", 0.0):
+        return "has no weight offset"
+    if weight.dtype != x.dtype:
+        return "wants the weight in the dtype of x"
+    return lambda: F.rms_norm(x, (x.shape[-1],), weight, arguments.get("eps", 1e-6))
+
+
+def _add_then_norm(arguments: Arguments) -> Call | str:
+    x, residual, weight = arguments["x"], arguments["residual"], arguments["weight"]
+    if arguments.get("weight_offset", 0.0) or weight.dtype != x.dtype:
+        return "has no weight offset and wants the weight in the dtype of x"
+
+    def call() -> tuple[Tensor, Tensor]:
+        summed = x + residual
+        return F.rms_norm(summed, (x.shape[-1],), weight, arguments.get("eps", 1e-6)), summed
+
+    return call
+
+
+def _layer_norm(arguments: Arguments) -> Call | str:
+    x = arguments["x"]
+    return lambda: F.layer_norm(x, (x.shape[-1],), arguments["weight"], arguments.get("bias"), arguments.get("eps", 1e-5))
+
+
+def _gated(activation: Callable[[Tensor], Tensor]) -> Peer:
+    def prepare(arguments: Arguments) -> Call | str:
+        x = arguments["x"]
+
+        def call() -> Tensor:
+            gate, up = x.chunk(2, -1)
+            return activation(gate) * up
+
+        return call
+
+    return prepare
+
+
+# ---- attention
+
+
+def _sdpa(backend: str) -> Peer:
+    def prepare(arguments: Arguments) -> Call | str:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        q, k, v = arguments["q"], arguments["k"], arguments["v"]
+        cu_q, cu_k = arguments["cu_seqlens_q"], arguments["cu_seqlens_k"]
+        lengths_q, lengths_k = cu_q.diff().unique().tolist(), cu_k.diff().unique().tolist()
+        causal = arguments.get("causal", True)
+        for option in ("softcap", "sinks"):
+            if arguments.get(option) is not None:
+                return f"has no {option}"
+        if arguments.get("window") not in (None, (-1, -1)):
+            return "has no window; a mask tensor would be a straw man"
+        if arguments.get("return_lse"):
+            return "returns no log-sum-exp"
+        if len(lengths_q) != 1 or len(lengths_k) != 1:
+            return "takes one dense batch; a call for each request, or a padded batch, would be a straw man"
+        if causal and lengths_q != lengths_k:
+            return "aligns a causal mask top-left, so it computes something else when there are more keys than queries"
+        requests = len(cu_q) - 1
+        query, key, value = (tensor.view(requests, -1, *tensor.shape[1:]).transpose(1, 2) for tensor in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        kind = getattr(SDPBackend, backend)
+
+        def call() -> Tensor:
+            with sdpa_kernel(kind):
+                out = F.scaled_dot_product_attention(
+                    query, key, value, is_causal=causal, scale=arguments.get("scale"), enable_gqa=grouped
+                )
+            return out.transpose(1, 2)
+
+        return call
+
+    return prepare
+
+
+# ---- sampling
+
+
+def _uniform(value: Any) -> float | None:
+    """The one value of a scalar or of a tensor whose rows agree."""
+    if isinstance(value, Tensor):
+        distinct = value.unique().tolist()
+        return distinct[0] if len(distinct) == 1 else None
+    return value
+
+
+def _argmax(arguments: Arguments) -> Call | str:
+    if _uniform(arguments.get("temperature", 1.0)) != 0:
+        return "is greedy, this case draws"
+    return lambda: arguments["logits"].argmax(-1)
+
+
+def _multinomial(arguments: Arguments) -> Call | str:
+    temperature = _uniform(arguments.get("temperature", 1.0))
+    plain = _uniform(arguments.get("top_k", 0)) == 0 and _uniform(arguments.get("top_p", 1.0)) == 1
+    if not temperature or not plain or _uniform(arguments.get("min_p", 0.0)) != 0:
+        return "draws without filters, from one temperature above zero"
+    return lambda: torch.multinomial(torch.softmax(arguments["logits"].float() / temperature, -1), 1)[:, 0]
+
+
+def _sort_and_draw(arguments: Arguments) -> Call | str:
+    """Top-k and top-p as many engines write them: one sort of the whole vocabulary."""
+    logits = arguments["logits"]
+    temperature = _uniform(arguments.get("temperature", 1.0))
+    top_k, top_p = _uniform(arguments.get("top_k", 0)), _uniform(arguments.get("top_p", 1.0))
+    if not temperature or top_k is None or top_p is None or (top_k == 0 and top_p == 1):
+        return "filters by one top_k and one top_p, from one temperature above zero"
+
+    def call() -> Tensor:
+        ordered, ids = (logits.float() / temperature).sort(-1, descending=True)
+        if top_k:
+            ordered[:, int(top_k) :] = -torch.inf
+        probabilities = ordered.softmax(-1)
+        if top_p < 1:
+            above = probabilities.cumsum(-1) - probabilities
+            probabilities = probabilities.masked_fill(above >= top_p, 0.0)
+        return ids.gather(1, torch.multinomial(probabilities, 1))[:, 0]
+
+    return call
+
+
+PEERS: dict[str, dict[str, Peer]] = {
+    "rms_norm": {"torch F.rms_norm": _plain_norm},
+    "add_rms_norm": {"torch add, F.rms_norm": _add_then_norm},
+    "layer_norm": {"torch F.layer_norm": _layer_norm},
+    "silu_and_mul": {"torch silu, mul": _gated(F.silu)},
+    "attention_prefill": {"SDPA cuDNN": _sdpa("CUDNN_ATTENTION"), "SDPA flash": _sdpa("FLASH_ATTENTION")},
+    "sample": {"torch argmax": _argmax, "torch multinomial": _multinomial, "torch sort": _sort_and_draw},
+}

@@ -1,0 +1,167 @@
+"""The CPU path: torch's fused attention where it can say what is asked, an explicit softmax where it cannot."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from penstock.ops.attention._reference import visible_keys
+
+# Elements of float32 scores that the explicit softmax makes at once: 64 MiB.
+SCORES_AT_ONCE = 1 << 24
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Explicit softmax with GQA.
+
+    Args:
+        q: [B, Hkv, group, n, D]; k [B, Hkv, m, D]; v [B, Hkv, m, Dv].
+        visible: broadcast to [B, Hkv, group, n, m], or None when every key is.
+        sinks: [Hkv · group].
+    Returns: out [B, Hkv, group, n, Dv] and lse [B, Hkv, group, n], zero and -inf where nothing is visible.
+    """
+    B, Hkv, group, n, D = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.reshape(B, Hkv, group * n, D).to(wide) @ k.to(wide).transpose(-1, -2)).mul_(scale)
+    if softcap:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    scores = scores.view(B, Hkv, group, n, -1)
+    if visible is not None:
+        scores = scores.masked_fill_(~visible, float("-inf"))
+    highest = scores.amax(-1, keepdim=True)
+    dead = highest == float("-inf")
+    highest = highest.masked_fill_(dead, 0)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total += torch.exp(sinks.to(wide).view(Hkv, group, 1, 1) - highest)
+    out = (weights.view(B, Hkv, group * n, -1) @ v.to(wide)).view(B, Hkv, group, n, -1) / total.masked_fill(dead, 1)
+    lse = (highest + total.log()).masked_fill_(dead, float("-inf"))
+    return out, lse[..., 0]
+
+
+def attend_request(
+    out: Tensor,
+    out_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """One request of n queries [n, Hq, D] and m keys [m, Hkv, D], written to out [n, Hq, Dv]."""
+    n, m = q.shape[0], k.shape[0]
+    ahead = m - n
+    if n == 0:
+        return
+    if m == 0:
+        write_dead(out, out_lse)
+        return
+    first = max(0, ahead - left) if left >= 0 else 0
+    k, v = k[first:], v[first:]
+    unlimited = left < 0 or left >= m - 1
+    sees_all = n == 1 or (unlimited and (right < 0 or right >= n - 1))
+    plain = not softcap and sinks is None and out_lse is None
+    aligned = right == 0 and ahead == 0 and unlimited and plain
+    visible = None if sees_all or aligned else visible_keys(n, m, left, right, q.device)[:, first:]
+    if not plain:
+        _explicit(out, out_lse, q, k, v, visible, scale, softcap, sinks)
+        return
+    result = scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=visible,
+        is_causal=aligned and n > 1,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )[0].transpose(0, 1)
+    out.copy_(result)
+    if visible is not None and ahead < 0:
+        out.masked_fill_(~visible.any(-1)[:, None, None], 0)
+
+
+def write_dead(out: Tensor, out_lse: Tensor | None) -> None:
+    """What rows that see no key return."""
+    out.zero_()
+    if out_lse is not None:
+        out_lse.fill_(float("-inf"))
+
+
+def attend_requests(
+    out: Tensor,
+    out_lse: Tensor | None,
+    q: Tensor,
+    requests: Iterable[tuple[slice, Tensor, Tensor]],
+    causal: bool,
+    scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """Each request, given as (its rows of q, its k, its v), by itself; the rows after the last are padding."""
+    right = 0 if causal else window_right
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    end = 0
+    for rows, k, v in requests:
+        lse = None if out_lse is None else out_lse[rows]
+        attend_request(out[rows], lse, q[rows], k, v, window_left, right, scale, softcap, sinks)
+        end = rows.stop
+    if end < q.shape[0]:
+        write_dead(out[end:], None if out_lse is None else out_lse[end:])
+
+
+def _explicit(
+    out: Tensor,
+    out_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    n, Hq, D = q.shape
+    Hkv = k.shape[1]
+    keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    step = max(1, SCORES_AT_ONCE // (Hq * k.shape[0]))
+    for start in range(0, n, step):
+        rows = slice(start, min(n, start + step))
+        part = q[rows].view(-1, Hkv, Hq // Hkv, D).permute(1, 2, 0, 3)[None]
+        result, lse = softmax_attention(part, keys, values, None if visible is None else visible[rows], scale, softcap, sinks)
+        out[rows] = result[0].permute(2, 0, 1, 3).reshape(-1, Hq, v.shape[2])
+        if out_lse is not None:
+            out_lse[rows] = lse[0].permute(2, 0, 1).reshape(-1, Hq)
+
+
+def gather_pages(cache: Tensor, pages: Tensor, slots: Tensor) -> Tensor:
+    """cache[pages, slots], by whole rows where pages and slots fold into one dimension."""
+    S = cache.shape[1]
+    if cache.stride(0) == S * cache.stride(1):
+        flat = cache.flatten(0, 1)
+        return flat.index_select(0, (pages * S + slots).flatten()).view(*pages.shape, *cache.shape[2:])
+    return cache[pages, slots]
+
+
+def paged_requests(
+    k_cache: Tensor, v_cache: Tensor, page_table: Tensor, q_ends: list[int], seqlens_k: Tensor, left: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows of q, k, v) of each request, from the first page that the window lets a query see."""
+    S = k_cache.shape[1]
+    for b, k_len in enumerate(seqlens_k.tolist()):
+        rows = slice(q_ends[b], q_ends[b + 1])
+        first = max(0, k_len - (rows.stop - rows.start) - left) // S if left >= 0 else 0
+        pages = page_table[b, first : -(-k_len // S)].long()
+        # Whole pages are copied; the slots past the end are cut off here. Masks count from the last key, so that keys may
+        # be missing at the front.
+        k, v = k_cache.index_select(0, pages), v_cache.index_select(0, pages)
+        k_len -= first * S
+        yield rows, k.flatten(0, 1)[:k_len], v.flatten(0, 1)[:k_len]

@@ -1,0 +1,85 @@
+"""Contract rules that the attention operators share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penstock.core.check import Contract
+
+MAX_HEAD_DIM = 256
+MAX_PAGE_SIZE = 256
+
+
+def softcap_value(value: object) -> str | None:
+    """None or a number of at least zero; zero is None."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return None if value is None or good else "None or a number >= 0"
+
+
+def window_size(value: object) -> str | None:
+    """Keys to one side, -1 for all."""
+    good = isinstance(value, int) and not isinstance(value, bool) and value >= -1
+    return None if good else "an integer >= -1"
+
+
+def split_window(contract: Contract, window: object) -> tuple[int, int]:
+    """The two sides of `window`; ContractError when it has not two."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise contract.error("window", f"must be (left, right), got {window!r}", {})
+    return window[0], window[1]
+
+
+def relate_heads(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str]) -> tuple[str, str] | None:
+    """What is wrong with head counts or head dimensions, as (argument, fault)."""
+    Hq, Hkv = q.shape[-2], k.shape[-2]
+    if Hkv == 0 or Hq % Hkv:
+        return "q", f"must have a multiple of {names[0]}'s {Hkv} heads, got {Hq}"
+    for name, tensor in (("q", q), (names[1], v)):
+        if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
+            return name, f"must have a head dimension of 1 to {MAX_HEAD_DIM}, got {tensor.shape[-1]}"
+    return None
+
+
+def page_size_reason(k_cache: Tensor) -> str | None:
+    """Why no kernel reads pages of this size, or None."""
+    size = k_cache.shape[1]
+    if size & (size - 1) or not 1 <= size <= MAX_PAGE_SIZE:
+        return f"page_size {size} is not a power of two from 1 to {MAX_PAGE_SIZE}"
+    return None
+
+
+def check_offsets(
+    contract: Contract, name: str, offsets: Tensor, tokens: int, longest: int | None, named: dict[str, Any]
+) -> None:
+    """Reads cumulative lengths: they start at 0, never fall, end within the tokens, and no request is over `longest`."""
+    if offsets.numel() == 0:
+        return
+    lengths = offsets.diff()
+    if int(offsets[0]) != 0 or bool((lengths < 0).any()) or int(offsets[-1]) > tokens:
+        raise contract.error(name, f"must rise from 0 to at most {tokens}, got {offsets.tolist()}", named)
+    if longest is not None and lengths.numel() and int(lengths.max()) > longest:
+        raise contract.error(
+            name.replace("cu_", "max_").replace("seqlens", "seqlen"),
+            f"must be at least {int(lengths.max())}, got {longest}",
+            named,
+        )
+
+
+def check_pages(contract: Contract, k_cache: Tensor, page_table: Tensor, seqlens_k: Tensor, named: dict[str, Any]) -> None:
+    """Reads lengths and page table: every key of a request has a page of the cache."""
+    num_pages, page_size = k_cache.shape[:2]
+    limit = page_table.shape[1] * page_size
+    if seqlens_k.numel() and (int(seqlens_k.min()) < 0 or int(seqlens_k.max()) > limit):
+        raise contract.error("seqlens_k", f"must be from 0 to {limit}, the page table's reach, got {seqlens_k.tolist()}", named)
+    columns = torch.arange(page_table.shape[1], device=page_table.device)
+    used = page_table[columns[None] * page_size < seqlens_k[:, None]]
+    if used.numel() and (int(used.min()) < 0 or int(used.max()) >= num_pages):
+        raise contract.error(
+            "page_table", f"must name pages below {num_pages}, got {int(used.min())} to {int(used.max())}", named
+        )
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 inputs."""
+    return torch.promote_types(q.dtype, torch.float32)

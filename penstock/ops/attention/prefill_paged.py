@@ -1,0 +1,200 @@
+"""out = softmax(softcap(q · kᵀ · scale) + mask) · v over packed queries, and keys that stand in pages."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penstock.core.cases import Case, Cost
+from penstock.core.check import DENSE, FLOATS, INDICES, boolean, count, optional, positive
+from penstock.core.op import op
+from penstock.ops.attention import _cases, _cpu, _options, _reference
+
+SPEC = {
+    "q": ("Tq Hq D", FLOATS, DENSE),
+    "k_cache": ("P S Hkv D", "q", DENSE),
+    "v_cache": ("P S Hkv Dv", "q", DENSE),
+    "page_table": ("B max_pages", INDICES, DENSE),
+    "cu_seqlens_q": ("B+1", INDICES, DENSE),
+    "seqlens_k": ("B", INDICES, DENSE),
+    "max_seqlen_q": count,
+    "max_seqlen_k": optional(count),
+    "causal": boolean,
+    "scale": optional(positive),
+    "window_left": _options.window_size,
+    "window_right": _options.window_size,
+    "softcap": _options.softcap_value,
+    "sinks?": ("Hq", ("q", torch.float32), DENSE),
+    "out?": ("Tq Hq Dv", "q", DENSE),
+}
+
+
+@op(
+    "(Tensor(a!) out, Tensor(b!)? out_lse, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor cu_seqlens_q,"
+    " Tensor seqlens_k, int max_seqlen_q, int? max_seqlen_k, bool causal, float? scale, int window_left, int window_right,"
+    " float? softcap, Tensor? sinks) -> ()",
+    SPEC,
+)
+def attention_prefill_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of packed queries over keys in a paged cache: whole prompts, or chunks of them after a cached prefix.
+
+    Query i of a request with q_len queries and k_len keys stands on key i + k_len - q_len: causal aligns bottom-right.
+
+    Args:
+        q: [Tq, Hq, D] float16, bfloat16, float32 or float64 (CPU); D up to 256.
+        k_cache: [P, S, Hkv, D] in q.dtype; NHD or HND by strides; Hq a multiple of Hkv; kernels take S a power of two up
+            to 256.
+        v_cache: [P, S, Hkv, Dv] in q.dtype; Dv up to 256.
+        page_table: [B, max_pages] int32; entries past a request's last page may hold anything.
+        cu_seqlens_q: [B+1] int32; request b owns rows cu_seqlens_q[b] to cu_seqlens_q[b+1] of q. Rows after the last are
+            padding.
+        seqlens_k: [B] int32, each request's keys, those of its queries included: they are already stored.
+        max_seqlen_q: at least the longest request's number of queries; queries beyond it are not computed.
+        max_seqlen_k: at least the longest request's number of keys, to order work for the L2; max_pages · S by default.
+        causal: no query sees keys after its own.
+        scale: of the scores; 1/√D by default.
+        window: how many keys to the left and right of its own a query sees; -1 for all.
+        softcap: scores become softcap · tanh(score / softcap) before the mask; None or 0 for none.
+        sinks: [Hq] in q.dtype or float32, a logit per head added to the denominator.
+        return_lse: also return the log-sum-exp.
+        out: [Tq, Hq, Dv] in q.dtype.
+        impl: "auto", "triton", "cpu" or "reference".
+    Returns: out [Tq, Hq, Dv] in q.dtype; with return_lse also lse [Tq, Hq] float32 (float64 for float64 inputs), the natural
+        logarithm of the denominator. Where no key is visible, and in padding rows, out is 0 and lse is -inf.
+    Raises: ContractError when shapes, dtypes or options disagree; NotSupported when no implementation takes the call.
+    Source: Dao, arXiv:2307.08691 (FlashAttention-2); Kwon et al., arXiv:2309.06180 (paged KV cache).
+    """
+    left, right = _options.split_window(attention_prefill_paged.contract, window)
+    options = (max_seqlen_q, max_seqlen_k, causal, scale, left, right, softcap, sinks)
+    tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
+    launch = attention_prefill_paged.pick(impl, *tensors, *options, out)
+    if out is None:
+        out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
+    out_lse = q.new_empty(q.shape[:2], dtype=_options.lse_dtype(q)) if return_lse else None
+    launch(out, out_lse, *tensors, *options)
+    return out if out_lse is None else (out, out_lse)
+
+
+@attention_prefill_paged.relation
+def _relation(q: Tensor, k_cache: Tensor, v_cache: Tensor, **others: object) -> tuple[str, str] | None:
+    return _options.relate_heads(q, k_cache, v_cache, ("k_cache", "v_cache"))
+
+
+@attention_prefill_paged.check_values
+def _check_values(
+    q: Tensor,
+    k_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None,
+    **others: object,
+) -> None:
+    named = {"q": q, "k_cache": k_cache, "page_table": page_table, "cu_seqlens_q": cu_seqlens_q, "seqlens_k": seqlens_k}
+    contract = attention_prefill_paged.contract
+    _options.check_offsets(contract, "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q, named)
+    _options.check_pages(contract, k_cache, page_table, seqlens_k, named)
+    longest = int(seqlens_k.max()) if seqlens_k.numel() else 0
+    if max_seqlen_k is not None and longest > max_seqlen_k:
+        raise contract.error("max_seqlen_k", f"must be at least {longest}, got {max_seqlen_k}", named)
+
+
+@attention_prefill_paged.reference
+def _reference_path(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    requests = _reference.paged_requests(k_cache, v_cache, page_table, cu_seqlens_q.tolist(), seqlens_k)
+    return _reference.over_requests(_reference.exact, q, requests, v_cache.shape[3], *options)
+
+
+@attention_prefill_paged.baseline
+def _baseline(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    requests = _reference.paged_requests(k_cache, v_cache, page_table, cu_seqlens_q.tolist(), seqlens_k)
+    return _reference.over_requests(_reference.naive, q, requests, v_cache.shape[3], *options)
+
+
+@attention_prefill_paged.impl("cpu", needs=("cpu",))
+def _cpu_path(
+    out: Tensor,
+    out_lse: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None,
+    *options: Any,
+) -> None:
+    window_left = options[2]
+    requests = _cpu.paged_requests(k_cache, v_cache, page_table, cu_seqlens_q.tolist(), seqlens_k, window_left)
+    _cpu.attend_requests(out, out_lse, q, requests, *options)
+
+
+@attention_prefill_paged.cost
+def _cost(q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, **options: Any) -> Cost:
+    Hkv, Dv = v_cache.shape[2:]
+    return _cases.attention_cost(q, Hkv, Dv, cu_seqlens_q.diff().tolist(), seqlens_k.tolist(), **options)
+
+
+@attention_prefill_paged.cases
+def cases() -> Iterable[Case]:
+    """Prompts, chunks after a prefix, every page size, both cache layouts; then the shapes of models."""
+    case = _cases.paged_prefill
+    mixed = [(5, 5), (70, 70), (1, 40), (0, 9), (33, 97)]
+    yield case("ragged", mixed, 4, 2, 64)
+    yield case("ragged_page_1", mixed, 2, 1, 64, page_size=1)
+    yield case("ragged_page_256_lse", mixed, 2, 2, 64, page_size=256, return_lse=True)
+    yield case("ragged_page_64_head_major", mixed, 4, 1, 128, page_size=64, head_major=True)
+    yield case("ragged_float16", mixed, 4, 2, 64, dtype=torch.float16, return_lse=True)
+    yield case("ragged_float32", mixed, 3, 1, 32, dtype=torch.float32, return_lse=True)
+    yield case("ragged_float64", mixed, 2, 1, 32, dtype=torch.float64, return_lse=True)
+    yield case("ragged_window", [(60, 150), (20, 200)], 2, 1, 64, window=(17, -1))
+    yield case("softcap_sinks", [(30, 90), (3, 2)], 4, 2, 64, softcap=5.0, with_sinks=True, return_lse=True)
+    yield case("head_dim_96_padded_rows", mixed, 2, 1, 96, padding=7, return_lse=True)
+    yield case("head_dim_192_128", [(40, 70), (9, 40)], 2, 2, 192, Dv=128, page_size=32)
+    yield case("empty_requests", [(0, 0), (0, 0)], 2, 1, 64)
+    yield case("empty", [], 2, 1, 64, return_lse=True)
+    yield case("4x4k_32_8_d128", [(4096, 4096)] * 4, 32, 8, 128, page_size=64, bench=True)
+    yield case("1x16k_32_8_d128", [(16384, 16384)], 32, 8, 128, page_size=64, bench=True)
+    yield case("8x512_after_8k_32_8_d128", [(512, 8704)] * 8, 32, 8, 128, page_size=64, bench=True)
+    yield case("4x4k_32_8_d128_page_16", [(4096, 4096)] * 4, 32, 8, 128, page_size=16, bench=True)

@@ -1,0 +1,220 @@
+"""One decoder for every architecture: the spec says which pieces a layer has, penstock's operators compute them.
+
+decoder = Decoder(spec, weights, pool.layers, max_model_len=4096)
+hidden = decoder.forward(token_ids, batch)              # [T, H]
+logits = decoder.logits(hidden[last_rows])              # float32 [n, V]
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+
+from penstock.ops import (
+    add_rms_norm,
+    attention_decode,
+    attention_decode_plan,
+    attention_prefill_paged,
+    gelu_and_mul,
+    rms_norm,
+    rope,
+    rope_table,
+    silu_and_mul,
+    store_kv,
+)
+from penstock.serve.models.spec import LayerSpec, ModelSpec
+from penstock.serve.models.weights import LayerWeights, Weights
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one step computes besides its token ids: decode rows first, then prefill rows.
+
+    T tokens and B requests in all, of which the first num_decodes are decodes with one token each.
+    """
+
+    positions: Tensor  # [T] int32
+    slots: Tensor  # [T] int32, where each token's key and value go; negative: nowhere
+    page_table: Tensor  # [B, maxpages] int32
+    seqlens_k: Tensor  # [B] int32, the new tokens included
+    num_decodes: int
+    cu_seqlens_q: Tensor | None = None  # [B - num_decodes + 1] int32, of the prefill rows; None without any
+    max_seqlen_q: int = 1
+    decode_plan: tuple[Tensor, ...] | None = None
+
+
+class Decoder:
+    """The decoder of one model: parameters, rotary tables and the pages of each layer, bound together once."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        caches: Sequence[tuple[Tensor, Tensor]],
+        *,
+        max_model_len: int,
+    ):
+        self.embedding = weights.embedding
+        self.lm_head = weights.lm_head
+        dtype, device = weights.embedding.dtype, weights.embedding.device
+        tables = [
+            rope_table(own.parameters, head_dim=own.head_dim, max_position=max_model_len, device=device) for own in spec.ropes
+        ]
+        inputs = [layer.input_norm for layer in weights.layers]
+        self.first_norm = inputs[0]
+        self.norm_eps = spec.norm_eps
+        self.norm_offset = spec.norm_weight_offset
+        self.logit_softcap = spec.logit_softcap
+        # transformers multiplies by the scale rounded to the model's dtype: 55.4256 becomes 55.5 in bfloat16
+        scale = spec.embedding_scale
+        self.embedding_scale = None if scale is None else torch.tensor(scale, dtype=dtype).item()
+        self.layers = [
+            DecoderLayer(spec, layer, own, cache, tables[layer.rope], next_norm)
+            for layer, own, cache, next_norm in zip(
+                spec.layers, weights.layers, caches, [*inputs[1:], weights.norm], strict=True
+            )
+        ]
+
+    def forward(self, token_ids: Tensor, batch: Batch) -> Tensor:
+        """Hidden states [T, H] after the final norm, of token ids [T]; stores their keys and values."""
+        residual = embedding(token_ids, self.embedding)
+        if self.embedding_scale is not None:
+            residual.mul_(self.embedding_scale)
+        hidden = rms_norm(residual, self.first_norm, eps=self.norm_eps, weight_offset=self.norm_offset)
+        for layer in self.layers:
+            hidden = layer(hidden, residual, batch)
+        return hidden
+
+    def plan(self, seqlens_k: Tensor, page_size: int) -> tuple[Tensor, ...] | None:
+        """The schedule of attention_decode for these lengths [B], computed on the device; None on a CPU."""
+        if not seqlens_k.is_cuda:
+            return None
+        layer = self.layers[0].spec
+        return attention_decode_plan(
+            seqlens_k,
+            num_heads_q=layer.num_heads,
+            num_heads_kv=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            page_size=page_size,
+            device=seqlens_k.device,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [n, V] of hidden states [n, H]."""
+        logits = linear(hidden, self.lm_head).float()
+        if self.logit_softcap is not None:
+            logits.div_(self.logit_softcap).tanh_().mul_(self.logit_softcap)
+        return logits
+
+
+class DecoderLayer:
+    """Attention and MLP of one layer; leaves the residual added and normed for the layer that follows."""
+
+    __slots__ = (
+        "activation",
+        "attention_options",
+        "cos_sin",
+        "eps",
+        "head_split",
+        "k_cache",
+        "next_norm",
+        "offset",
+        "spec",
+        "v_cache",
+        "weights",
+    )
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        layer: LayerSpec,
+        weights: LayerWeights,
+        cache: tuple[Tensor, Tensor],
+        cos_sin: Tensor,
+        next_norm: Tensor,
+    ):
+        self.spec = layer
+        self.weights = weights
+        self.k_cache, self.v_cache = cache
+        self.cos_sin = cos_sin
+        self.next_norm = next_norm
+        self.eps = model.norm_eps
+        self.offset = model.norm_weight_offset
+        self.head_split = (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
+        self.activation = _ACTIVATIONS[layer.activation]
+        # a window of w keys, the query's own included, leaves w - 1 to its left
+        self.attention_options: dict[str, Any] = {
+            "scale": layer.query_scale,
+            "window": (-1 if layer.window is None else layer.window - 1, -1),
+            "softcap": layer.attention_softcap,
+        }
+
+    def __call__(self, hidden: Tensor, residual: Tensor, batch: Batch) -> Tensor:
+        """Normed [T, H] → normed for the next layer; adds to residual [T, H] in place."""
+        own, eps, offset = self.weights, self.eps, self.offset
+        hidden = linear(self.attend(hidden, batch), own.o, own.o_bias)
+        if own.post_attention_norm is not None:
+            rms_norm(hidden, own.post_attention_norm, eps=eps, weight_offset=offset, out=hidden)
+        add_rms_norm(hidden, residual, own.mlp_norm, eps=eps, weight_offset=offset, out=(hidden, residual))
+        hidden = self.activation(linear(hidden, own.gate_up, own.gate_up_bias))
+        hidden = linear(hidden, own.down, own.down_bias)
+        if own.post_mlp_norm is not None:
+            rms_norm(hidden, own.post_mlp_norm, eps=eps, weight_offset=offset, out=hidden)
+        add_rms_norm(hidden, residual, self.next_norm, eps=eps, weight_offset=offset, out=(hidden, residual))
+        return hidden
+
+    def attend(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Attention output [T, Hq·D] before the output projection; stores the new keys and values."""
+        own, total = self.weights, hidden.shape[0]
+        heads = linear(hidden, own.qkv, own.qkv_bias).view(total, -1, self.spec.head_dim)
+        q, k, v = heads.split(self.head_split, dim=1)
+        if own.q_norm is not None and own.k_norm is not None:
+            rms_norm(q, own.q_norm, eps=self.eps, weight_offset=self.offset, out=q)
+            rms_norm(k, own.k_norm, eps=self.eps, weight_offset=self.offset, out=k)
+        rope(q, k, self.cos_sin, batch.positions, out=(q, k))
+        store_kv(k, v, self.k_cache, self.v_cache, batch.slots)
+        return self.attention(q, batch).view(total, -1)
+
+    def attention(self, q: Tensor, batch: Batch) -> Tensor:
+        """attention_decode on the decode rows of q [T, Hq, D], attention_prefill_paged on the rest."""
+        k_cache, v_cache, options = self.k_cache, self.v_cache, self.attention_options
+        cu_seqlens_q, decodes = batch.cu_seqlens_q, batch.num_decodes
+        if cu_seqlens_q is None:
+            return attention_decode(q, k_cache, v_cache, batch.page_table, batch.seqlens_k, plan=batch.decode_plan, **options)
+        pages, seqlens, longest = batch.page_table, batch.seqlens_k, batch.max_seqlen_q
+        if decodes == 0:
+            return attention_prefill_paged(q, k_cache, v_cache, pages, cu_seqlens_q, seqlens, max_seqlen_q=longest, **options)
+        out = torch.empty_like(q)
+        attention_decode(
+            q[:decodes],
+            k_cache,
+            v_cache,
+            pages[:decodes],
+            seqlens[:decodes],
+            plan=batch.decode_plan,
+            out=out[:decodes],
+            **options,
+        )
+        attention_prefill_paged(
+            q[decodes:],
+            k_cache,
+            v_cache,
+            pages[decodes:],
+            cu_seqlens_q,
+            seqlens[decodes:],
+            max_seqlen_q=longest,
+            out=out[decodes:],
+            **options,
+        )
+        return out
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu_and_mul,
+    "gelu_tanh": gelu_and_mul,
+    "gelu": partial(gelu_and_mul, approximate="none"),
+}

@@ -1,0 +1,227 @@
+"""Computes step plans: host tables and device tensors, the decoder, the sampler, CUDA graphs for decode steps.
+
+runner = Runner.load(EngineConfig(model="path/of/checkpoint"))
+result = runner.execute(plan)          # see docs/serving.md
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.serve.config import EngineConfig
+from penstock.serve.graphs import DecodeGraphs, Record, padded_sizes
+from penstock.serve.kv import KVPool, available_memory, size_pool
+from penstock.serve.models.decoder import Batch, Decoder
+from penstock.serve.models.spec import ModelError, ModelSpec, read_spec
+from penstock.serve.models.weights import Progress, Weights, load_weights
+from penstock.serve.plan import StepPlan, StepResult, Work
+from penstock.serve.sampler import Sampler
+
+
+class Runner:
+    """One model on one device.
+
+    Attributes:
+        num_pages, page_size: the pool that the scheduler hands out.
+        max_model_len: the longest prompt and output together.
+        vocab_size, eos_token_ids: of the model.
+    """
+
+    @classmethod
+    def load(cls, config: EngineConfig, progress: Progress | None = None) -> "Runner":
+        """Reads the checkpoint and takes memory for its pages.
+
+        Args:
+            progress: called with (bytes read, bytes in all).
+        Raises: ModelError in one sentence when the checkpoint or the memory does not do.
+        """
+        spec = read_spec(config.model_path)
+        device = resolve_device(config.device)
+        dtype = resolve_dtype(config.dtype, spec)
+        weights = load_weights(config.model_path, spec, device=device, dtype=dtype, progress=progress)
+        return cls(spec, weights, config)
+
+    def __init__(self, spec: ModelSpec, weights: Weights, config: EngineConfig, *, record: Record | None = None):
+        device, dtype = weights.embedding.device, weights.embedding.dtype
+        limits = {"max_num_seqs": config.max_num_seqs}
+        given = config.kv_cache_bytes
+        available = given or available_memory(
+            spec, device=device, dtype=dtype, max_num_batched_tokens=config.max_num_batched_tokens, **limits
+        )
+        size = size_pool(
+            spec,
+            page_size=config.page_size,
+            dtype=dtype,
+            available=available,
+            max_model_len=config.max_model_len,
+            fill=given is not None or device.type == "cuda",
+            **limits,
+        )
+        self.device = device
+        self.vocab_size = spec.vocab_size
+        self.eos_token_ids = spec.eos_token_ids
+        self.page_size = config.page_size
+        self.num_pages = size.num_pages
+        self.max_model_len = size.max_model_len
+        self.pool = KVPool(spec, size.num_pages, config.page_size, dtype=dtype, device=device)
+        self.decoder = Decoder(spec, weights, self.pool.layers, max_model_len=size.max_model_len)
+        self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, spec.eos_token_ids, device)
+        self.max_pages = -(-size.max_model_len // config.page_size)
+        self._page_bits = config.page_size.bit_length() - 1
+        # the last row is that of padding
+        pages = torch.zeros((config.max_num_seqs + 1, self.max_pages), dtype=torch.int32)
+        self._host_pages: np.ndarray = pages.numpy()
+        self._pages = pages.to(device)
+        limit = 4 * config.max_num_batched_tokens + 8 * config.max_num_seqs + 8
+        self._staging = torch.empty(limit, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._host: np.ndarray = self._staging.numpy()
+        self._graphs: DecodeGraphs | None = None
+        if record is not None or (device.type == "cuda" and not config.enforce_eager):
+            with torch.inference_mode():
+                padding = (0, 0, -1, 0, config.max_num_seqs, config.max_num_seqs * self.max_pages, 0)
+                sizes = padded_sizes(config.max_num_seqs)
+                self._graphs = DecodeGraphs(self._decode_step, sizes, padding, device=device, record=record)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Computes one step: stores keys and values, and samples where the plan says so."""
+        for slot in plan.freed:
+            self.sampler.release(slot)
+        for new in plan.new:
+            self.sampler.admit(new)
+        updates = self._take_pages((*plan.decodes, *plan.prefills))
+        sampled = [*plan.decodes, *(work for work in plan.prefills if work.sample)]
+        if not plan.decodes and not plan.prefills:
+            return StepResult({}, {})
+        if self._graphs is not None and not plan.prefills and len(updates) <= len(plan.decodes):
+            logits = self._replay(plan.decodes, updates)
+        else:
+            self._write_pages(updates)
+            hidden = self._forward(plan)
+            if not sampled:
+                return StepResult({}, {})
+            logits = self.decoder.logits(hidden)
+        slots = [work.slot for work in sampled]
+        token_ids, logprobs = self.sampler.sample(logits, slots, [work.num_output for work in sampled])
+        return StepResult(dict(zip(slots, token_ids, strict=True)), logprobs)
+
+    def _take_pages(self, works: Sequence[Work]) -> list[tuple[int, int]]:
+        """Enters new pages in the host's table and returns (index in the flat table, page) for the device's."""
+        updates: list[tuple[int, int]] = []
+        for work in works:
+            if work.new_pages:
+                begin, end = work.page_index, work.page_index + len(work.new_pages)
+                self._host_pages[work.slot, begin:end] = work.new_pages
+                base = work.slot * self.max_pages
+                updates.extend(zip(range(base + begin, base + end), work.new_pages, strict=True))
+        return updates
+
+    def _write_pages(self, updates: list[tuple[int, int]]) -> None:
+        if updates and self.device.type == "cuda":  # on CPU both tables are one
+            pairs = torch.tensor(updates, dtype=torch.int64).to(self.device)
+            self._pages.view(-1).index_copy_(0, pairs[:, 0], pairs[:, 1].int())
+
+    def _fill_decodes(self, decodes: Sequence[Work], tokens: np.ndarray, requests: np.ndarray) -> None:
+        """Writes tokens [3, n] (id, position, KV slot) and requests [2, n] (length, table row) of the decode rows."""
+        tokens[0] = [work.token_ids[0] for work in decodes]
+        tokens[1] = positions = [work.start for work in decodes]
+        requests[1] = rows = [work.slot for work in decodes]
+        requests[0] = tokens[1] + 1
+        tokens[2] = self._kv_slots(np.array(rows), np.array(positions))
+
+    def _kv_slots(self, rows: np.ndarray | int, positions: np.ndarray) -> np.ndarray:
+        pages = self._host_pages[rows, positions >> self._page_bits]
+        return (pages << self._page_bits) + (positions & (self.page_size - 1))
+
+    def _forward(self, plan: StepPlan) -> Tensor:
+        """Hidden states [n, H] of the tokens that are sampled from; decode rows first, then prefill chunks."""
+        decodes, prefills = plan.decodes, plan.prefills
+        num_decodes, num_tokens = len(decodes), plan.num_tokens
+        num_requests = num_decodes + len(prefills)
+        sizes = (3 * num_tokens, 2 * num_requests, len(prefills) + 1, num_requests)
+        ends = np.cumsum(sizes)
+        tokens = self._host[: ends[0]].reshape(3, num_tokens)
+        requests = self._host[ends[0] : ends[1]].reshape(2, num_requests)
+        cu_seqlens, last = self._host[ends[1] : ends[2]], self._host[ends[2] : ends[3]]
+        if decodes:
+            self._fill_decodes(decodes, tokens[:, :num_decodes], requests[:, :num_decodes])
+        last[:num_decodes] = range(num_decodes)
+        at, num_sampled, longest_q = num_decodes, num_decodes, 1
+        cu_seqlens[0] = 0
+        for i, work in enumerate(prefills):
+            length = len(work.token_ids)
+            positions = np.arange(work.start, work.start + length)
+            chunk = tokens[:, at : at + length]
+            chunk[0], chunk[1], chunk[2] = work.token_ids, positions, self._kv_slots(work.slot, positions)
+            requests[:, num_decodes + i] = work.start + length, work.slot
+            at += length
+            cu_seqlens[i + 1] = at - num_decodes
+            longest_q = max(longest_q, length)
+            if work.sample:
+                last[num_sampled] = at - 1
+                num_sampled += 1
+        width = min(self.max_pages, _power_of_two(-(-int(requests[0].max()) // self.page_size)))
+
+        packed = self._staging[: ends[3]].to(self.device, non_blocking=True)
+        token_ids, positions, kv_slots = packed[: ends[0]].view(3, num_tokens).unbind(0)
+        seqlens, rows = packed[ends[0] : ends[1]].view(2, num_requests).unbind(0)
+        batch = Batch(
+            positions=positions,
+            slots=kv_slots,
+            page_table=self._pages[:, :width].index_select(0, rows),
+            seqlens_k=seqlens,
+            num_decodes=num_decodes,
+            cu_seqlens_q=packed[ends[1] : ends[2]] if prefills else None,
+            max_seqlen_q=longest_q,
+            decode_plan=self.decoder.plan(seqlens[:num_decodes], self.page_size) if decodes else None,
+        )
+        hidden = self.decoder.forward(token_ids, batch)
+        return hidden.index_select(0, packed[ends[2] : ends[2] + num_sampled]) if prefills else hidden
+
+    def _replay(self, decodes: Sequence[Work], updates: list[tuple[int, int]]) -> Tensor:
+        """Logits [n, V] of a step of decodes alone, by the recorded step of the next larger size."""
+        assert self._graphs is not None
+        columns = self._graphs.host_inputs(len(decodes))
+        self._fill_decodes(decodes, columns[:3, : len(decodes)], columns[3:5, : len(decodes)])
+        if updates:
+            columns[5:7, : len(updates)] = np.array(updates).T
+        return self._graphs.replay(len(decodes))
+
+    def _decode_step(self, columns: Tensor) -> Tensor:
+        """The step that is recorded: [len(FIELDS), size] int32 → logits [size, V], with no host read of device data."""
+        token_ids, positions, kv_slots, seqlens, rows, update_index, update_page = columns.unbind(0)
+        self._pages.view(-1).index_copy_(0, update_index.long(), update_page)
+        batch = Batch(
+            positions=positions,
+            slots=kv_slots,
+            page_table=self._pages.index_select(0, rows),
+            seqlens_k=seqlens,
+            num_decodes=columns.shape[1],
+            decode_plan=self.decoder.plan(seqlens, self.page_size),
+        )
+        return self.decoder.logits(self.decoder.forward(token_ids, batch))
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" takes the first CUDA device if there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device {name} was asked for and torch finds no CUDA device")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, spec: ModelSpec) -> torch.dtype:
+    """ "auto" takes the dtype that the checkpoint's config names."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    name = spec.dtype if name == "auto" else name
+    if name not in dtypes:
+        raise ModelError(f"the config names dtype {name}, which is not one of {', '.join(dtypes)}; give one")
+    return dtypes[name]
+
+
+def _power_of_two(number: int) -> int:
+    """The next power of two: few distinct shapes, so that checks and compiled code are remembered."""
+    return 1 << (number - 1).bit_length()

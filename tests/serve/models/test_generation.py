@@ -1,0 +1,86 @@
+"""Greedy tokens of scheduler and runner together against transformers, for every architecture."""
+
+import pytest
+import torch
+
+from penstock.serve.config import EngineConfig, SchedulerConfig
+from penstock.serve.params import SamplingParams
+from penstock.serve.runner import Runner
+from penstock.serve.scheduler import Scheduler, TokenEvent
+
+NEW_TOKENS = 12
+LENGTHS = (19, 3, 30, 1, 11, 24, 7, 14)
+PROMPTS = [torch.randint(3, 199, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in LENGTHS]
+
+
+def generate(runner, prompts, *, budget=64, chunk=None, max_num_seqs=8):
+    """Greedy tokens of each prompt and the number of preemptions on the way."""
+    limits = SchedulerConfig(
+        num_pages=runner.num_pages,
+        page_size=runner.page_size,
+        max_model_len=runner.max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_prefill_chunk=chunk,
+    )
+    scheduler, tokens = Scheduler(limits), [[] for _ in prompts]
+    params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    for i, prompt in enumerate(prompts):
+        scheduler.add(str(i), prompt, params, seed=i)
+    while (plan := scheduler.step()) is not None:
+        for event in scheduler.commit(runner.execute(plan)):
+            if isinstance(event, TokenEvent):
+                tokens[int(event.request_id)].append(event.token_id)
+    return tokens, scheduler.num_preemptions
+
+
+@pytest.fixture(scope="session")
+def expected(checkpoint):
+    """expected(case) → the greedy tokens of transformers' own generate for each prompt alone."""
+    import transformers
+
+    known = {}
+
+    def compute(case):
+        if case not in known:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                checkpoint(case), dtype=torch.float32, attn_implementation="eager"
+            )
+            options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            known[case] = []
+            for prompt in PROMPTS:
+                ids = torch.tensor([prompt])
+                output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+                known[case].append(output[0, len(prompt) :].tolist())
+        return known[case]
+
+    return compute
+
+
+def load(directory, **options):
+    return Runner.load(EngineConfig(directory, device="cpu", dtype="float32", page_size=8, **options))
+
+
+def test_one_request(case, checkpoint, expected):
+    tokens, _ = generate(load(checkpoint(case), max_num_seqs=1), PROMPTS[:1], max_num_seqs=1)
+    assert tokens == expected(case)[:1]
+
+
+def test_eight_ragged_requests_in_small_chunks(case, checkpoint, expected):
+    tokens, _ = generate(load(checkpoint(case)), PROMPTS, budget=13, chunk=6)
+    assert tokens == expected(case)
+    assert len({tuple(output) for output in tokens}) == len(PROMPTS)  # not the same token for ever
+
+
+def test_preemption_changes_nothing(case, checkpoint, expected):
+    runner = load(checkpoint(case), max_model_len=48)
+    runner.num_pages = 9
+    tokens, preemptions = generate(runner, PROMPTS, budget=40)
+    assert preemptions > 0
+    assert tokens == expected(case)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 256])
+def test_page_sizes(checkpoint, expected, page_size):
+    config = EngineConfig(checkpoint("mistral"), device="cpu", dtype="float32", page_size=page_size)
+    assert generate(Runner.load(config), PROMPTS, budget=40)[0] == expected("mistral")

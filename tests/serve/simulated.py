@@ -1,0 +1,100 @@
+"""A runner without a model: it keeps the runner's side of the contract and checks that every plan keeps the other.
+
+Its KV pool stores the token and position of every entry, and the next token is a hash of the history read back through
+the page table. A page given to two requests, a position skipped or a chunk lost changes the tokens, or fails an
+assertion.
+"""
+
+import zlib
+from dataclasses import dataclass, field
+
+from penstock.serve.plan import SlotInit, StepPlan, StepResult, TokenLogprobs, Work
+
+
+@dataclass
+class _Row:
+    init: SlotInit
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    sampled: list[int] = field(default_factory=list)
+
+
+class SimulatedRunner:
+    """Answers plans; `rows` is its slot table, `plans` what it was given."""
+
+    def __init__(
+        self,
+        num_pages: int = 64,
+        page_size: int = 4,
+        max_model_len: int = 256,
+        vocab_size: int = 50,
+        eos_token_ids: tuple[int, ...] = (),
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        max_prefill_chunk: int | None = None,
+        script: list[int] | None = None,
+    ) -> None:
+        self.num_pages, self.page_size, self.max_model_len = num_pages, page_size, max_model_len
+        self.vocab_size, self.eos_token_ids = vocab_size, eos_token_ids
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.max_prefill_chunk = max_prefill_chunk
+        self.pool: list[list[tuple[int, int] | None]] = [[None] * page_size for _ in range(num_pages)]
+        self.rows: dict[int, _Row] = {}
+        self.plans: list[StepPlan] = []
+        self.script = script  # the tokens of every output, in place of the hash
+
+    def next_token(self, seed: int, history: list[int]) -> int:
+        """The token that this model makes after a history."""
+        return zlib.crc32(repr((seed, history)).encode()) % self.vocab_size
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        for slot in plan.freed:
+            self.rows.pop(slot, None)
+        for init in plan.new:
+            assert 0 <= init.slot < self.max_num_seqs and init.slot not in self.rows, f"slot {init.slot} is taken"
+            self.rows[init.slot] = _Row(init, sampled=list(init.output_token_ids))
+        assert plan.num_tokens <= self.max_num_batched_tokens
+        works = [*plan.decodes, *plan.prefills]
+        assert works and len({work.slot for work in works}) == len(works)
+        assert all(len(work.token_ids) == 1 and work.sample for work in plan.decodes)
+        tokens: dict[int, int] = {}
+        logprobs: dict[int, TokenLogprobs] = {}
+        for work in works:
+            row = self.rows[work.slot]
+            self._write(row, work)
+            if work.sample:
+                token = tokens[work.slot] = self._sample(row)
+                if row.init.params.logprobs is not None:
+                    logprobs[work.slot] = self._logprobs(token, row.init.params.logprobs)
+        owned = [page for row in self.rows.values() for page in row.pages]
+        assert len(set(owned)) == len(owned), "a page is in two rows"
+        return StepResult(tokens, logprobs)
+
+    def _write(self, row: _Row, work: Work) -> None:
+        history = [*row.init.prompt_token_ids, *row.sampled]
+        stop = work.start + len(work.token_ids)
+        assert work.start == row.computed and work.token_ids == history[work.start : stop] and work.token_ids
+        assert work.sample == (stop == len(history)) and work.num_output == len(row.sampled)
+        assert self.max_prefill_chunk is None or len(work.token_ids) <= self.max_prefill_chunk
+        assert work.page_index == len(row.pages)
+        row.pages += work.new_pages
+        assert all(0 <= page < self.num_pages for page in work.new_pages)
+        assert len(row.pages) == -(-stop // self.page_size)
+        for position, token in enumerate(work.token_ids, start=work.start):
+            self.pool[row.pages[position // self.page_size]][position % self.page_size] = (position, token)
+        row.computed = stop
+
+    def _sample(self, row: _Row) -> int:
+        entries = [self.pool[row.pages[at // self.page_size]][at % self.page_size] for at in range(row.computed)]
+        assert [entry and entry[0] for entry in entries] == list(range(row.computed)), "a page was overwritten"
+        token = self.next_token(row.init.seed, [entry[1] for entry in entries if entry])
+        if self.script is not None:
+            token = self.script[len(row.sampled) % len(self.script)]
+        row.sampled.append(token)
+        return token
+
+    def _logprobs(self, token: int, count: int) -> TokenLogprobs:
+        """The sampled token is the second most likely one, its successor the most likely."""
+        ranked = [(token + 1) % self.vocab_size, token, *((token + 2 + at) % self.vocab_size for at in range(count))]
+        return TokenLogprobs(ranked[:count], [-0.5 * (at + 1) for at in range(count)], 2, -1.0)
