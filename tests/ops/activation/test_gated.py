@@ -13,7 +13,7 @@ from penstock.testing import judge
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = pytest.mark.parametrize(("impl", "device"), [("cpu", "cpu"), ("triton", GPU)])
 KINDS = ["silu", "tanh", "none"]
-interpreted = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+interpreted = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 
 def call(kind, x, **options):
