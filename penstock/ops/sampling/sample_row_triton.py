@@ -6,6 +6,7 @@ import triton.language as tl
 from penstock.ops.sampling._philox import SAMPLE_STREAM
 from penstock.ops.sampling._weights_triton import at_least, clean, key_of, logit_of, option, scale_of, smallest_weight, weigh
 from penstock.ops.sampling.sample_scan_triton import (
+    BINS,
     BY_COUNT,
     BY_MASS,
     COUNT,
@@ -23,9 +24,16 @@ from penstock.ops.sampling.sample_scan_triton import (
     SURE,
     TOP,
     TOTAL,
+    USED_HIGH,
+    USED_LOW,
+    WIDE,
 )
 
 STREAM = tl.constexpr(SAMPLE_STREAM)
+SAMPLES = tl.constexpr(4096)
+STEPS = tl.constexpr(512)
+NARROW_ENOUGH = tl.constexpr(2048)
+DEVIATIONS = tl.constexpr(4.0)
 
 
 @triton.jit
@@ -44,11 +52,46 @@ def _count_bound(maxima, k):
 
 
 @triton.jit
+def _mass_bounds(maxima, top, scale, p, logits_ptr, maxima_ptr, V, TILE: tl.constexpr):
+    """Bounds between which the cut of top-p almost surely lies, and about how many ids they hold.
+
+    The tiles' maxima are taken as they are; every other id is estimated from an even sample of the row.
+    """
+    at = (tl.arange(0, SAMPLES).to(tl.int64) * V // SAMPLES).to(tl.int32)
+    x = clean(tl.load(logits_ptr + at))
+    is_max = x >= tl.load(maxima_ptr + at // TILE)
+    rest = (is_max == 0) & (x > float("-inf"))
+    expansion = (V - V // TILE) / tl.maximum(SAMPLES - tl.sum(is_max.to(tl.int32)), 1).to(tl.float32)
+    lowest = tl.min(tl.where(x > float("-inf"), x, top))
+    # Weights further away are zero.
+    span = tl.maximum(tl.minimum(top - lowest, 41.0 / scale), 1e-30)
+    per_step = (STEPS - 1.0) / span
+    found = tl.histogram(tl.minimum((top - x) * per_step, STEPS - 1.0).to(tl.int32), STEPS, mask=rest).to(tl.float32)
+    own = tl.histogram(tl.minimum((top - maxima) * per_step, STEPS - 1.0).to(tl.int32), STEPS, mask=maxima > float("-inf"))
+    steps = tl.arange(0, STEPS)
+    share = tl.exp2(-(steps + 0.5) / per_step * scale)
+    number = own.to(tl.float32) + found * expansion
+    cumulative = tl.cumsum(number * share)
+    total = tl.sum(number * share)
+    variance = found * (expansion * share) * (expansion * share)
+    above = tl.cumsum(variance)
+    below = tl.maximum(tl.sum(variance) - above, 0.0)
+    fraction = cumulative / total
+    deviation = DEVIATIONS * tl.sqrt((1 - fraction) * (1 - fraction) * above + fraction * fraction * below) / total
+    first = tl.min(tl.where(fraction + deviation >= p, steps, STEPS)) - 1
+    last = tl.min(tl.where(fraction - deviation >= p, steps, STEPS)) + 1
+    high = tl.where(first > 0, top - first / per_step, float("inf"))
+    low = tl.maximum(top - (last + 1) / per_step, top - span)
+    return low, high, tl.sum(tl.where((steps >= first) & (steps <= last), number, 0.0))
+
+
+@triton.jit
 def bracket_kernel(
     out_ptr,
     floats_ptr,
     ints_ptr,
     sums_ptr,
+    counts_ptr,
     maxima_ptr,
     logits_ptr,
     temperature_ptr,
@@ -60,6 +103,7 @@ def bracket_kernel(
     V,
     logits_stride,
     capacity,
+    MAY_CUT_BY_MASS: tl.constexpr,
     PADDED_TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -72,7 +116,8 @@ def bracket_kernel(
     k = option(top_k_ptr, row, top_k, tl.int32)
     p = option(top_p_ptr, row, top_p, tl.float32)
     tiles = tl.arange(0, PADDED_TILES)
-    maxima = tl.load(maxima_ptr + row * PADDED_TILES + tiles)
+    maxima_ptr += row * PADDED_TILES
+    maxima = tl.load(maxima_ptr + tiles)
     top = tl.max(maxima)
     if (heat == 0) | (top == float("-inf")):
         tile = tl.min(tl.where(maxima == top, tiles, PADDED_TILES))
@@ -80,18 +125,24 @@ def bracket_kernel(
         x = clean(tl.load(logits_ptr + columns, columns < V, other=float("-inf")))
         tl.store(out_ptr + row, tl.min(tl.where(x == top, columns, V)))
         tl.store(ints_ptr + MODE, DONE)
+        tl.store(ints_ptr + WIDE, 0)
     else:
         scale = scale_of(heat)
         counts = (k > 0) & (k < V)
         low = tl.full([], float("inf"), tl.float32)
         high = tl.full([], float("-inf"), tl.float32)
         mode = tl.full([], PLAIN, tl.int32)
+        wide = tl.zeros([], tl.int32)
         if counts | (p < 1):
             mode = tl.where(counts, BY_COUNT, BY_MASS)
             low = tl.full([], float("-inf"), tl.float32)
             high = tl.full([], float("inf"), tl.float32)
-            if counts & (V > capacity):
-                low = _count_bound(maxima, k)
+            if capacity < V:
+                if counts:
+                    low = _count_bound(maxima, k)
+                elif MAY_CUT_BY_MASS:
+                    low, high, number = _mass_bounds(maxima, top, scale, p, logits_ptr, maxima_ptr, V, TILE)
+                    wide = (number > NARROW_ENOUGH).to(tl.int32)
         tl.store(floats_ptr + TOP, top)
         tl.store(floats_ptr + SCALE, scale)
         tl.store(floats_ptr + LOW, low)
@@ -100,8 +151,10 @@ def bracket_kernel(
         tl.store(ints_ptr + MODE, mode)
         tl.store(ints_ptr + COUNT, 0)
         tl.store(ints_ptr + CUT_ID, V)
-        tl.store(sums_ptr + row * MASSES + SURE, tl.zeros([], tl.int64))
-        tl.store(sums_ptr + row * MASSES + TOTAL, tl.zeros([], tl.int64))
+        tl.store(ints_ptr + WIDE, wide)
+        tl.store(sums_ptr + row * MASSES + tl.arange(0, MASSES), tl.zeros([MASSES], tl.int64))
+        if MAY_CUT_BY_MASS:
+            tl.store(counts_ptr + row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
 
 
 @triton.jit
@@ -228,8 +281,8 @@ def cut_kernel(
         smallest = smallest_weight(option(min_p_ptr, row, min_p, tl.float32))
         top = tl.load(floats_ptr + TOP)
         scale = tl.load(floats_ptr + SCALE)
-        low = tl.load(floats_ptr + LOW)
-        high = tl.load(floats_ptr + HIGH)
+        low = tl.load(floats_ptr + USED_LOW)
+        high = tl.load(floats_ptr + USED_HIGH)
         length = tl.load(ints_ptr + COUNT)
         listed = length <= capacity
         length = tl.where(listed, length, V)

@@ -1,7 +1,8 @@
 """Launches of `sample`.
 
 maxima    one pass: the largest logit of every tile of 128 ids
-bracket   one program a row: greedy ids; where the cut of top-k or top-p must lie
+bracket   one program a row: greedy ids; between which logits the cut of top-k or top-p lies
+narrow    one pass, for rows at top-p whose bounds hold many ids: tighter bounds
 gather    one pass: masses of the tiles above, candidates in between (top-k reads only the tiles that hold some)
 cut       one program a row: the exact cut among the candidates
 draw      one program a row: the id
@@ -55,12 +56,14 @@ def launch(
     ints = torch.empty(B, scan.INTS.value, dtype=torch.int32, device=device)
     sums = torch.empty(B, scan.MASSES.value, dtype=torch.int64, device=device)
     scan.maxima_kernel[grid](maxima, logits, *row, blocks, TILES=tiles, **shape, num_warps=4)
-    capacity = CAPACITY
+    cuts_by_mass = top_p is not None or top_p_value < 1
+    counts = torch.empty(B, scan.BINS.value, dtype=torch.int32, device=device) if cuts_by_mass else ints
     bracket_kernel[(B,)](
         out,
         floats,
         ints,
         sums,
+        counts,
         maxima,
         logits,
         temperature,
@@ -70,7 +73,8 @@ def launch(
         int(top_k_value),
         float(top_p_value),
         *row,
-        capacity,
+        CAPACITY,
+        MAY_CUT_BY_MASS=cuts_by_mass,
         **shape,
         num_warps=4,
         enable_fp_fusion=False,
@@ -78,10 +82,24 @@ def launch(
     if temperature is None and temperature_value == 0:
         return
     masses = torch.empty(B, padded_tiles, dtype=torch.int64, device=device)
-    cuts = top_k is not None or 0 < top_k_value < V or top_p is not None or top_p_value < 1
-    held = capacity if cuts else 1
+    cuts = cuts_by_mass or top_k is not None or 0 < top_k_value < V
+    held = CAPACITY if cuts else 1
     candidates = torch.empty(B, held, dtype=torch.float32, device=device)
     candidate_ids = torch.empty(B, held, dtype=torch.int32, device=device)
+    by_count_alone = top_k is None and 0 < top_k_value < V
+    if cuts_by_mass and not by_count_alone and V > CAPACITY:
+        scan.narrow_kernel[grid](
+            counts,
+            floats,
+            ints,
+            sums,
+            logits,
+            *row,
+            blocks,
+            BLOCK=tiles * tile,
+            num_warps=8,
+            enable_fp_fusion=False,
+        )
     scan.gather_kernel[grid](
         masses,
         candidates,
@@ -89,16 +107,19 @@ def launch(
         floats,
         ints,
         sums,
+        counts,
         maxima,
         logits,
+        top_p,
         min_p,
+        float(top_p_value),
         float(min_p_value),
         *row,
         blocks,
         held,
         TILES=tiles,
         **shape,
-        num_warps=4,
+        num_warps=8,
         enable_fp_fusion=False,
     )
     if cuts:
