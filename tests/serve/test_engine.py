@@ -94,6 +94,13 @@ def test_a_stop_string_at_the_last_token_is_a_stop():
     assert (completion.text, completion.finish_reason, completion.stop_reason) == ("water ", "stop", "turns")
 
 
+def test_bytes_left_over_at_the_end_are_shown_as_such():
+    completion = complete(build(TOKENIZER.encode("a🙂")), max_tokens=3)
+    assert (completion.text, completion.finish_reason) == ("a\ufffd", "length")
+    stopped = complete(build(TOKENIZER.encode("a🙂")), max_tokens=3, stop="\ufffd")
+    assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == ("a", "stop", "\ufffd")
+
+
 def test_min_tokens_lets_a_stop_string_pass():
     script = [TOKENIZER.encode("a")[0], TOKENIZER.encode("b")[0]]
     completion = complete(build(script), max_tokens=9, min_tokens=4, stop="a")
@@ -304,6 +311,16 @@ def test_after_an_interruption_all_have_ended_and_the_engine_goes_on(error, reas
     outputs = run(engine)
     assert {name: grown[-1].outputs[0].finish_reason for name, grown in outputs.items()} == dict.fromkeys("abc", reason)
     assert complete(engine, seed=3, max_tokens=6) == expected
+
+
+def test_a_completion_that_had_ended_keeps_its_reason():
+    engine = build()
+    stops = list(range(0, 320, 9))
+    engine.add_request("a", "the wheel", SamplingParams(n=4, seed=1, max_tokens=40, stop_token_ids=stops))
+    while not any(completion.finished for output in engine.step() for completion in output.outputs):
+        pass
+    engine.abort_all()
+    assert {completion.finish_reason for completion in run(engine)["a"][-1].outputs} == {"stop", "abort"}
 
 
 def test_an_interruption_inside_the_scheduler_is_survived(monkeypatch):
