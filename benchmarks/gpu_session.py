@@ -9,6 +9,7 @@ tests.json, operators.json, engine.json, summary.txt and session.log; the summar
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -27,6 +28,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # Shares of the time that is left when a part begins.
 PARTS = {"facts": 1.0, "tests": 5.0, "operators": 6.0, "engine": 4.0}
 FACTS_LIMIT = 75.0
+# Operators with a FlashInfer peer, whose kernels are compiled from source: done beside the tests, on idle cores.
+WARMED = (
+    "rms_norm",
+    "add_rms_norm",
+    "silu_and_mul",
+    "attention_prefill",
+    "attention_prefill_paged",
+    "attention_decode",
+    "sample",
+)
 # Compiling a peer's kernels is silent and long; a kernel that hangs is silent for good.
 SILENCE = 150.0
 
@@ -40,6 +51,7 @@ class Session:
     log: TextIO
     end: float
     summary: list[str] = field(default_factory=list)
+    warmers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def say(self, line: str) -> None:
         """Adds a line to the summary."""
@@ -73,6 +85,12 @@ class Ended:
         return f"exit status {self.status}: {last.strip()[:200]}" if self.status else ""
 
 
+def environment() -> dict[str, str]:
+    """The environment of a part: this working tree first, then what was on the path."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, "COLUMNS": "200"}
+
+
 def watch(
     session: Session, command: list[str], limit: float, on_line: Callable[[str], None], silence: float = SILENCE
 ) -> Ended:
@@ -88,7 +106,7 @@ def watch(
         text=True,
         errors="replace",
         start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        env=environment(),
     )
     tail: list[str] = []
     heard = [time.monotonic()]
@@ -119,6 +137,34 @@ def watch(
     reader.join(5)
     session.log.flush()
     return Ended(status, killed, tail, time.monotonic() - began)
+
+
+def start_warmers(session: Session) -> None:
+    """Starts a process for each operator whose FlashInfer kernels have to be compiled."""
+    options = session.options
+    if options.device == "cpu" or importlib.util.find_spec("flashinfer") is None:
+        return
+    known = options.operators or names(session)
+    for name in known:
+        if name in WARMED:
+            command = [sys.executable, "-m", "penstock.bench", name, "--device", options.device, "--warm"]
+            session.warmers.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, stdout=session.log, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
+                )
+            )
+
+
+def end_warmers(session: Session, wait: float) -> None:
+    """Waits for the warmers and ends those that take longer."""
+    until = time.monotonic() + wait
+    while session.warmers and time.monotonic() < until:
+        session.warmers = [process for process in session.warmers if process.poll() is None]
+        time.sleep(0.2)
+    for process in session.warmers:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    session.warmers = []
 
 
 def facts(session: Session, limit: float) -> None:
@@ -170,6 +216,7 @@ def operators(session: Session, limit: float) -> None:
     """Every operator's benchmark cases with all peers; an operator that hangs or crashes is left out and the rest goes on."""
     folder = session.scratch / "operators"
     end = time.monotonic() + limit
+    end_warmers(session, limit / 2)
     waiting = session.options.operators or names(session)
     faults: dict[str, str] = {}
     while waiting:
@@ -308,6 +355,8 @@ def main() -> int:
         session = Session(options, Path(scratch), log, time.monotonic() + options.minutes * 60)
         for index, part in enumerate(chosen):
             limit = session.left() * PARTS[part] / sum(PARTS[later] for later in chosen[index:])
+            if part == "tests" and "operators" in chosen:
+                start_warmers(session)
             print(f"== {part}, at most {limit:.0f} s", flush=True)
             try:
                 run[part](session, limit)
@@ -315,6 +364,7 @@ def main() -> int:
                 # The other parts must still have their turn.
                 session.say(f"{part}: {type(error).__name__}: {error}")
                 broken = 1
+        end_warmers(session, 0.0)
         (options.output / "summary.txt").write_text("\n".join(session.summary) + "\n")
     print("\n== summary\n" + "\n".join(session.summary), flush=True)
     return broken

@@ -34,6 +34,9 @@ def bench(
         bool, typer.Option("--quick", help="Small cases and ceilings, little time: a test of the way, not a number.")
     ] = False,
     tune: Annotated[bool, typer.Option("--tune", help="Time an operator's candidate configs and write its table.")] = False,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Only call every peer once, so that its kernels are built and cached.")
+    ] = False,
     host: Annotated[bool, typer.Option("--host/--no-host", help="Also time contract and choice of one eager call.")] = True,
     model: Annotated[str, typer.Option(help="engine: a local checkpoint.")] = "",
     shape: Annotated[str, typer.Option(help="engine: a published shape with random weights instead of a checkpoint.")] = "",
@@ -43,6 +46,8 @@ def bench(
     import torch
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
     if tune and where.type == "cpu":
         # Candidates are kernels: without a GPU they run through the interpreter, chosen before Triton is imported.
         os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -57,6 +62,13 @@ def bench(
     unknown = [target for target in targets if target not in known]
     if unknown:
         raise typer.BadParameter(f"no operator {', '.join(unknown)}; there are {', '.join(known)}, all, ceilings and engine")
+    if warm:
+        from penstock.bench.run import warm_peers
+
+        for target in targets:
+            for line in warm_peers(known[target], where):
+                console.print(line, markup=False)
+        return
     if tune:
         from penstock.bench.tune import tune_from_command_line
 

@@ -46,10 +46,9 @@ def compiled_reference(op: Op) -> Peer:
     def prepare(arguments: Arguments) -> Call | str:
         if op.definition is None:
             return f"{op.name} has no reference to compile"
-        inputs = [argument for argument in op.arguments if not argument.name.startswith("out")]
-        if any(argument.is_write for argument in inputs):
+        if any(argument.is_write and not argument.name.startswith("out") for argument in op.arguments):
             return "the reference changes its arguments in place"
-        outs = sum(argument.name.startswith("out") for argument in op.arguments)
+        outs = sum(argument.is_write and argument.name.startswith("out") for argument in op.arguments)
         values = recorded(op, arguments, "reference")[1][outs:]
         if "reference" not in compiled:
             torch._dynamo.reset()

@@ -172,6 +172,25 @@ def _agreeing(
         yield name, calls
 
 
+def warm_peers(op: Op, device: torch.device) -> Iterator[str]:
+    """Calls every peer of the operator that builds kernels of its own once on every benchmark case; says how long it took."""
+    for case in op.all_cases():
+        if not case.bench:
+            continue
+        for name, prepare in peers_of(op).items():
+            if not name.startswith("FlashInfer"):
+                continue
+            begun = time.perf_counter()
+            try:
+                call = prepare(case.build(Make(device)))
+                if not isinstance(call, str):
+                    call()
+                outcome = call if isinstance(call, str) else "built"
+            except Exception as error:
+                outcome = f"failed: {_one_line(error)}"
+            yield f"{op.name} {case.name} {name}: {outcome}, {time.perf_counter() - begun:.1f} s"
+
+
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:240]
 
