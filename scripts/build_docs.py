@@ -204,10 +204,10 @@ def quoted(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text whose stars and brackets Markdown must leave alone; what is between backquotes stays."""
+    """Text whose stars, brackets and outer underscores Markdown must leave alone; what is between backquotes stays."""
     pieces = text.split("`")
     for position in range(0, len(pieces), 2):
-        pieces[position] = re.sub(r"([*_<])", r"\\\1", pieces[position])
+        pieces[position] = re.sub(r"([*<]|(?<!\w)_|_(?!\w))", r"\\\1", pieces[position])
     return "`".join(pieces)
 
 

@@ -116,6 +116,49 @@ def test_generated_pages_are_up_to_date(script):
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
+SAMPLE = {
+    "command": "penstock bench rms_norm",
+    "environment": {
+        "device": "GPU",
+        "driver": "1.2",
+        "torch": "2.13.0",
+        "packages": {"triton": "3.7"},
+        "date": "2026-01-02T03:04",
+    },
+    "ceilings": {"copy": 4.2e12},
+    "results": [
+        {
+            "operator": "rms_norm",
+            "case": case,
+            "floor_us": floor,
+            "timed": [
+                {"name": "triton", "kind": "implementation", "median_us": 2 * floor, "of_floor": 0.5, "ratios": {"torch": 1.5}},
+                {"name": "cpu", "kind": "implementation", "median_us": 9 * floor, "of_floor": 0.1, "ratios": {"torch": 0.3}},
+                {"name": "torch", "kind": "peer", "median_us": 3 * floor, "of_floor": 0.3, "ratios": {}},
+            ],
+        }
+        for case, floor in (("small", 1.0), ("large", 20.0))
+    ],
+}
+
+
+def test_tables_of_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import render_tables
+
+    path = Path("benchmarks/results/gpu/rms_norm.json")
+    assert render_tables.tables([], True, "") == render_tables.NONE
+    every = render_tables.tables([(path, SAMPLE)], True, "../")
+    assert every.startswith(
+        "GPU, driver 1.2, torch 2.13.0, Triton 3.7, 2026-01-02; copy bandwidth reached in these runs 4200 GB/s."
+    )
+    assert f"| [`rms_norm`](../{path}) | small | triton | 2.0 | 50% | torch 1.50x |" in every.splitlines()
+    short = render_tables.tables([(path, SAMPLE)], False, "")
+    assert "| large | triton | 40.0 |" in short and "| small |" not in short
+    assert not render_tables.is_operator({**SAMPLE, "command": "penstock bench rms_norm --quick"})
+    assert not render_tables.is_operator({"tokens_per_second": 1.0})
+
+
 def test_the_runner_of_documents_notices(tmp_path):
     planted = {
         "print(1)": "```python\nprint(1)\n```\n\n```text\n2\n```\n",

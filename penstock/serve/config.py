@@ -84,9 +84,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         reasons = [
-            f"`{name}` must be {wanted}, got {getattr(self, name)!r}"
-            for name, wanted, right in self._rules()
-            if not right
+            f"`{name}` must be {wanted}, got {getattr(self, name)!r}" for name, wanted, right in self._rules() if not right
         ]
         if self.kv_cache_memory is not None:
             try:

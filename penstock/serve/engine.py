@@ -77,9 +77,7 @@ class _Completion:
         self._cumulative_logprob = 0.0
         self._detokenizer = None
         if tokenizer is not None and params.detokenize:
-            self._detokenizer = IncrementalDetokenizer(
-                tokenizer, prompt, skip_special_tokens=params.skip_special_tokens
-            )
+            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt, skip_special_tokens=params.skip_special_tokens)
         self._scanner = StopScanner(params.stop_strings, include=params.include_stop_str_in_output)
 
     def append(self, event: TokenEvent) -> str | None:
@@ -175,9 +173,7 @@ class Engine:
         self.runner = runner
         self.tokenizer = tokenizer
         self.max_model_len = min(runner.max_model_len, config.max_model_len or runner.max_model_len)
-        self.eos_token_ids = tuple(
-            dict.fromkeys([*runner.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())])
-        )
+        self.eos_token_ids = tuple(dict.fromkeys([*runner.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())]))
         self.scheduler = Scheduler(
             SchedulerConfig(
                 num_pages=runner.num_pages,

@@ -241,9 +241,7 @@ def _params_for(prompts: Sequence[Any], params: Any) -> list[SamplingParams]:
     if not isinstance(params, (list, tuple)) or not all(isinstance(entry, SamplingParams) for entry in params):
         raise TypeError("sampling_params must be SamplingParams or a list of them")
     if len(params) != len(prompts):
-        raise ValueError(
-            f"sampling_params must be one for all or one for each of {len(prompts)} prompts, got {len(params)}"
-        )
+        raise ValueError(f"sampling_params must be one for all or one for each of {len(prompts)} prompts, got {len(params)}")
     return list(params)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from penstock.serve.config import EngineConfig
-from penstock.serve.graphs import FIELDS, DecodeGraphs, Record, padded_sizes
+from penstock.serve.graphs import DecodeGraphs, Record, padded_sizes
 from penstock.serve.kv import KVPool, available_memory, size_pool
 from penstock.serve.models.decoder import Batch, Decoder
 from penstock.serve.models.spec import ModelError, ModelSpec, read_spec

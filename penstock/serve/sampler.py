@@ -152,8 +152,8 @@ class Sampler:
         """Log-probabilities of the model itself, before penalties and temperature."""
         index = torch.tensor(rows, device=self.device)
         wanted = [self.params[slots[row]].logprobs or 0 for row in rows]
-        chosen, rank, values, tokens = log_probs(logits[index], ids[index], top_n=min(max(wanted), self.vocab_size))
-        columns = zip(rows, wanted, chosen.tolist(), rank.tolist(), values.tolist(), tokens.tolist(), strict=True)
+        chosen, ranks, tokens, values = log_probs(logits[index], ids[index], top_n=min(max(wanted), self.vocab_size))
+        columns = zip(rows, wanted, chosen.tolist(), ranks.tolist(), values.tolist(), tokens.tolist(), strict=True)
         return {
             slots[row]: TokenLogprobs(tokens[:count], values[:count], rank, chosen)
             for row, count, chosen, rank, values, tokens in columns

@@ -323,9 +323,7 @@ class Scheduler:
         self._pages.check()
         order = [*self._running, *self._waiting.values()]
         assert [request.arrival for request in order] == sorted(request.arrival for request in order)
-        assert {request.request_id: request for request in order} == self._requests and len(order) == len(
-            self._requests
-        )
+        assert {request.request_id: request for request in order} == self._requests and len(order) == len(self._requests)
         slots = [request.slot for request in self._running]
         assert sorted([*slots, *self._free_slots]) == list(range(self.config.max_num_seqs))
         assert sum(len(request.pages) for request in order) == self.config.num_pages - self._pages.num_free

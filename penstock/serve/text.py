@@ -114,9 +114,7 @@ class IncrementalDetokenizer:
     CONTEXT = 8  # tokens of the prompt to look back at
     HELD = 64  # tokens; more than any character has, so what is held is no character and is given out
 
-    def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._pending: list[int] = []  # fed since text last came out

@@ -34,9 +34,7 @@ def byte_level(chat_template: str | None = None) -> Tokenizer:
 def sentencepiece_like() -> Tokenizer:
     """Words carry their leading space, which the decoder strips from the first one; unknown characters become bytes."""
     words = ["\u2581the", "\u2581wheel", "\u2581turns", "s", "\u2581"]
-    vocabulary = {
-        word: index for index, word in enumerate(["<s>", *words, *(f"<0x{byte:02X}>" for byte in range(256))])
-    }
+    vocabulary = {word: index for index, word in enumerate(["<s>", *words, *(f"<0x{byte:02X}>" for byte in range(256))])}
     backend = Backend(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<s>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     backend.decoder = decoders.Sequence(

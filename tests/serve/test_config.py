@@ -21,9 +21,7 @@ def test_sizes(value, size):
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "", "GiB", "2 gigs", "-1GiB", "0", "2iB", "0.1", "1e9"])
 def test_what_is_no_size(value):
-    with pytest.raises(
-        InvalidConfig, match="`kv_cache_memory` must be a positive number of bytes, or a string such as"
-    ):
+    with pytest.raises(InvalidConfig, match="`kv_cache_memory` must be a positive number of bytes, or a string such as"):
         EngineConfig("m", kv_cache_memory=value)
 
 
@@ -65,9 +63,7 @@ def test_every_reason_at_once():
 
 
 def test_a_step_holds_a_token_for_every_running_request():
-    with pytest.raises(
-        InvalidConfig, match=r"`max_num_batched_tokens` must be an integer ≥ max_num_seqs=64, .* got 32"
-    ):
+    with pytest.raises(InvalidConfig, match=r"`max_num_batched_tokens` must be an integer ≥ max_num_seqs=64, .* got 32"):
         EngineConfig("m", max_num_batched_tokens=32)
 
 

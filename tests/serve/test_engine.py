@@ -3,14 +3,14 @@
 import itertools
 
 import pytest
-from simulated import SimulatedRunner
-from small_tokenizer import byte_level
 
 from penstock.serve.config import EngineConfig
 from penstock.serve.engine import Engine, InvalidPrompt, child_seed
 from penstock.serve.outputs import Logprob
 from penstock.serve.params import SamplingParams
 from penstock.serve.scheduler import RequestRefused
+from tests.serve.simulated import SimulatedRunner
+from tests.serve.small_tokenizer import byte_level
 
 TOKENIZER = byte_level()
 
@@ -92,6 +92,13 @@ def test_a_stop_string_at_the_last_token_is_a_stop():
     count = len(TOKENIZER.encode("water turns"))
     completion = complete(build(TOKENIZER.encode("water turns")), max_tokens=count, stop="turns")
     assert (completion.text, completion.finish_reason, completion.stop_reason) == ("water ", "stop", "turns")
+
+
+def test_bytes_left_over_at_the_end_are_shown_as_such():
+    completion = complete(build(TOKENIZER.encode("a🙂")), max_tokens=3)
+    assert (completion.text, completion.finish_reason) == ("a\ufffd", "length")
+    stopped = complete(build(TOKENIZER.encode("a🙂")), max_tokens=3, stop="\ufffd")
+    assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == ("a", "stop", "\ufffd")
 
 
 def test_min_tokens_lets_a_stop_string_pass():
@@ -188,9 +195,7 @@ def test_seeds():
 
 def test_a_finished_completion_waits_for_the_others():
     engine = build()
-    engine.add_request(
-        "a", "the wheel", SamplingParams(n=4, seed=1, max_tokens=40, stop_token_ids=list(range(0, 320, 9)))
-    )
+    engine.add_request("a", "the wheel", SamplingParams(n=4, seed=1, max_tokens=40, stop_token_ids=list(range(0, 320, 9))))
     outputs = run(engine)["a"]
     lengths = [len(completion.token_ids) for completion in outputs[-1].outputs]
     assert len(set(lengths)) > 1
@@ -288,9 +293,7 @@ class Interrupted(SimulatedRunner):
         return super().execute(plan)
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"), [(KeyboardInterrupt(), "abort"), (RuntimeError("out of memory"), "error")]
-)
+@pytest.mark.parametrize(("error", "reason"), [(KeyboardInterrupt(), "abort"), (RuntimeError("out of memory"), "error")])
 def test_after_an_interruption_all_have_ended_and_the_engine_goes_on(error, reason):
     engine = build(max_num_seqs=2, max_num_batched_tokens=8)
     expected = complete(engine, seed=3, max_tokens=6)
@@ -308,6 +311,16 @@ def test_after_an_interruption_all_have_ended_and_the_engine_goes_on(error, reas
     outputs = run(engine)
     assert {name: grown[-1].outputs[0].finish_reason for name, grown in outputs.items()} == dict.fromkeys("abc", reason)
     assert complete(engine, seed=3, max_tokens=6) == expected
+
+
+def test_a_completion_that_had_ended_keeps_its_reason():
+    engine = build()
+    stops = list(range(0, 320, 9))
+    engine.add_request("a", "the wheel", SamplingParams(n=4, seed=1, max_tokens=40, stop_token_ids=stops))
+    while not any(completion.finished for output in engine.step() for completion in output.outputs):
+        pass
+    engine.abort_all()
+    assert {completion.finish_reason for completion in run(engine)["a"][-1].outputs} == {"stop", "abort"}
 
 
 def test_an_interruption_inside_the_scheduler_is_survived(monkeypatch):

@@ -5,8 +5,6 @@ import sys
 import types
 
 import pytest
-from simulated import SimulatedRunner
-from small_tokenizer import CHAT, byte_level
 
 import penstock
 from penstock.serve.config import InvalidConfig
@@ -14,6 +12,8 @@ from penstock.serve.engine import InvalidPrompt
 from penstock.serve.llm import LLM
 from penstock.serve.params import SamplingParams
 from penstock.serve.text import TokenizerError
+from tests.serve.simulated import SimulatedRunner
+from tests.serve.small_tokenizer import CHAT, byte_level
 
 TOKENIZER = byte_level(CHAT)
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from simulated import SimulatedRunner
 
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import StepResult, TokenLogprobs
 from penstock.serve.scheduler import FinishedEvent, RequestRefused, Scheduler, SchedulerConfig, TokenEvent
+from tests.serve.simulated import SimulatedRunner
 
 
 def build(**limits):
@@ -61,8 +61,7 @@ def params(max_tokens=8, **others):
 def work(plan):
     """(slot, start, tokens, sample) of each part of a plan, decodes and prefills."""
     return tuple(
-        [(part.slot, part.start, len(part.token_ids), part.sample) for part in parts]
-        for parts in (plan.decodes, plan.prefills)
+        [(part.slot, part.start, len(part.token_ids), part.sample) for part in parts] for parts in (plan.decodes, plan.prefills)
     )
 
 

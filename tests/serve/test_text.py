@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_tokenizer import CHAT, byte_level, sentencepiece_like
 
 from penstock.serve.text import (
     ChatError,
@@ -13,6 +12,7 @@ from penstock.serve.text import (
     TokenizerError,
     load_tokenizer,
 )
+from tests.serve.small_tokenizer import CHAT, byte_level, sentencepiece_like
 
 BYTES, WORDS = byte_level(), sentencepiece_like()
 

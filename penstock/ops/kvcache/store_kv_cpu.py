@@ -5,35 +5,47 @@ from torch import Tensor
 
 from penstock.core.formats import FP8_TENSOR
 
-# Up to this many rows plain copies cost less than one indexed write.
-FEW = 2
-
 
 def store(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> None:
     """Writes the rows whose slot is not negative."""
     if k_scale is not None and v_scale is not None:
-        k, v = _quantised(k, k_scale, k_cache.dtype), _quantised(v, v_scale, v_cache.dtype)
-        if k_cache.element_size() == 1:
-            # Indexed writes exist for bytes, not for FP8.
-            k, v, k_cache, v_cache = (tensor.view(torch.uint8) for tensor in (k, v, k_cache, v_cache))
-    size = k_cache.shape[1]
-    if len(slots) <= FEW:
-        for token, slot in enumerate(slots.tolist()):
-            if slot >= 0:
-                page, offset = divmod(slot, size)
-                k_cache[page, offset].copy_(k[token])
-                v_cache[page, offset].copy_(v[token])
+        k, v = _scaled(k, k_scale), _scaled(v, v_scale)
+    numbers = slots.tolist()
+    if len(numbers) == 1:
+        if numbers[0] >= 0:
+            _store_row(k, k_cache, numbers[0])
+            _store_row(v, v_cache, numbers[0])
         return
-    if slots.min() < 0:
+    if not numbers:
+        return
+    if min(numbers) < 0:
         kept = (slots >= 0).nonzero().squeeze(1)
         slots, k, v = slots[kept], k[kept], v[kept]
-    index = (slots // size, slots % size)
-    k_cache.index_put_(index, k)
-    v_cache.index_put_(index, v)
+    index = slots.long()
+    _store_rows(k, k_cache, index)
+    _store_rows(v, v_cache, index)
 
 
-def _quantised(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)) / scale
-    return wide.clamp_(-FP8_TENSOR.largest, FP8_TENSOR.largest).to(dtype)
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    # A 16-bit x divided by a float32 scale is a float32 quotient; writing it to the cache rounds it.
+    return (x / scale).clamp_(-FP8_TENSOR.largest, FP8_TENSOR.largest)
+
+
+def _store_row(x: Tensor, cache: Tensor, slot: int) -> None:
+    page, offset = divmod(slot, cache.shape[1])
+    page_stride, slot_stride, *rest = cache.stride()
+    start = cache.storage_offset() + page * page_stride + offset * slot_stride
+    cache.as_strided(x.shape, (0, *rest), start).copy_(x)
+
+
+def _store_rows(x: Tensor, cache: Tensor, index: Tensor) -> None:
+    if cache.dtype is torch.float8_e4m3fn:
+        # Indexed writes exist for bytes, not for FP8.
+        x, cache = x.to(cache.dtype).view(torch.uint8), cache.view(torch.uint8)
+    size = cache.shape[1]
+    if cache.stride(0) == size * cache.stride(1):
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, index, x)
+    else:
+        cache.index_put_((index // size, index % size), x)

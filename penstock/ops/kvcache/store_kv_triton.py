@@ -24,6 +24,16 @@ def configure(D: int, Dv: int) -> Launch:
 
 
 @triton.jit
+def _divide(x, divisor):
+    """x / divisor rounded to nearest: one division for all, each quotient corrected by its remainder."""
+    reciprocal = tl.div_rn(1.0, divisor)
+    quotient = x * reciprocal
+    corrected = tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+    # Far beyond the largest FP8 number the remainder may be no number; there the quotient saturates as it is.
+    return tl.where(tl.abs(quotient) < 512.0, corrected, quotient)
+
+
+@triton.jit
 def _store_rows(
     block,
     x_ptr,
@@ -51,8 +61,8 @@ def _store_rows(
     mask = (slot >= 0)[:, None] & (columns < D)
     x = tl.load(x_ptr + tokens.to(tl.int64)[:, None] * x_token + heads * x_head + columns, mask, other=0.0)
     if QUANTISE:
-        # The conversion saturates (cvt.rn.satfinite); division rounds as the definition's does.
-        x = tl.div_rn(x.to(tl.float32), tl.load(scale_ptr))
+        # The conversion saturates: cvt.rn.satfinite.
+        x = _divide(x.to(tl.float32), tl.load(scale_ptr))
     page = (slot // PAGE).to(tl.int64)[:, None]
     offset = (slot % PAGE).to(tl.int64)[:, None]
     target = cache_ptr + page * cache_page + offset * cache_slot + heads * cache_head + columns

@@ -1,4 +1,6 @@
-"""The CPU path shared by rms_norm and add_rms_norm: four torch calls, because at batch 1 the calls are the cost."""
+"""The CPU path shared by rms_norm and add_rms_norm: few torch calls, because at small batches the calls are the cost."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -11,6 +13,12 @@ def normalise(out: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float)
     if offset:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    # One reduction call; mean(x²) is the squared norm over N.
-    scale = torch.linalg.vector_norm(wide, 2, -1, True).square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    N = x.shape[-1]
+    # One reduction call; mean(x²) is the squared norm over N. A single row's scale is cheaper as a Python number.
+    scale: Tensor | float
+    if x.numel() == N:
+        norm = torch.linalg.vector_norm(wide).item()
+        scale = 1 / math.sqrt(norm * norm / N + eps)
+    else:
+        scale = torch.linalg.vector_norm(wide, 2, -1, True).square_().mul_(1 / N).add_(eps).rsqrt_()
     torch.mul(wide * scale, weight, out=out)

@@ -44,7 +44,7 @@ class Batch:
     num_decodes: int
     cu_seqlens_q: Tensor | None = None  # [B - num_decodes + 1] int32, of the prefill rows; None without any
     max_seqlen_q: int = 1
-    decode_plan: Tensor | None = None
+    decode_plan: tuple[Tensor, ...] | None = None
 
 
 class Decoder:
@@ -89,7 +89,7 @@ class Decoder:
             hidden = layer(hidden, residual, batch)
         return hidden
 
-    def plan(self, seqlens_k: Tensor, page_size: int) -> Tensor | None:
+    def plan(self, seqlens_k: Tensor, page_size: int) -> tuple[Tensor, ...] | None:
         """The schedule of attention_decode for these lengths [B], computed on the device; None on a CPU."""
         if not seqlens_k.is_cuda:
             return None
