@@ -17,17 +17,26 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-ROOT = Path(__file__).resolve().parents[1]
+from watched import ROOT, environment, watch
+
 # Shares of the time that is left when a part begins.
 PARTS = {"facts": 1.0, "tests": 5.0, "operators": 6.0, "engine": 4.0}
 FACTS_LIMIT = 75.0
+# What matters most goes first: the time may not be enough for all.
+FIRST = (
+    "attention_decode",
+    "sample",
+    "attention_prefill",
+    "attention_prefill_paged",
+    "rms_norm",
+    "add_rms_norm",
+    "silu_and_mul",
+)
 # Operators with a FlashInfer peer, whose kernels are compiled from source: done beside the tests, on idle cores.
 WARMED = (
     "rms_norm",
@@ -38,8 +47,6 @@ WARMED = (
     "attention_decode",
     "sample",
 )
-# Compiling a peer's kernels is silent and long; a kernel that hangs is silent for good.
-SILENCE = 150.0
 
 
 @dataclass
@@ -65,78 +72,6 @@ class Session:
     def save(self, name: str, document: Any) -> None:
         """Writes one of the output files."""
         (self.options.output / name).write_text(json.dumps(document, indent=1) + "\n")
-
-
-@dataclass
-class Ended:
-    """How a process ended: its exit status, why it was killed if it was, and its last lines."""
-
-    status: int
-    killed: str
-    tail: list[str]
-    seconds: float
-
-    @property
-    def fault(self) -> str:
-        """One line, empty when all went well."""
-        if self.killed:
-            return self.killed
-        last = next((line for line in reversed(self.tail) if line.strip()), "")
-        return f"exit status {self.status}: {last.strip()[:200]}" if self.status else ""
-
-
-def environment() -> dict[str, str]:
-    """The environment of a part: this working tree first, then what was on the path."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, "COLUMNS": "200"}
-
-
-def watch(
-    session: Session, command: list[str], limit: float, on_line: Callable[[str], None], silence: float = SILENCE
-) -> Ended:
-    """Runs a command until it ends, exceeds the limit or says nothing for too long; every line goes to the log."""
-    began = time.monotonic()
-    session.log.write(f"\n$ {' '.join(command)}\n")
-    session.log.flush()
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        env=environment(),
-    )
-    tail: list[str] = []
-    heard = [time.monotonic()]
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            heard[0] = time.monotonic()
-            session.log.write(line)
-            tail.append(line.rstrip("\n"))
-            del tail[:-40]
-            on_line(line.rstrip("\n"))
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    killed = ""
-    while process.poll() is None and not killed:
-        now = time.monotonic()
-        if now - began > limit:
-            killed = f"stopped at its limit of {limit:.0f} s"
-        elif now - heard[0] > silence:
-            killed = f"stopped after {silence:.0f} s without a word"
-        else:
-            time.sleep(0.1)
-    if killed:
-        os.killpg(process.pid, signal.SIGKILL)
-    status = process.wait()
-    reader.join(5)
-    session.log.flush()
-    return Ended(status, killed, tail, time.monotonic() - began)
 
 
 def start_warmers(session: Session) -> None:
@@ -170,7 +105,7 @@ def end_warmers(session: Session, wait: float) -> None:
 def facts(session: Session, limit: float) -> None:
     """Device facts and ceilings."""
     folder = session.scratch / "facts"
-    ended = watch(session, bench(session, "ceilings", folder=folder), min(limit, FACTS_LIMIT), quiet)
+    ended = watch(bench(session, "ceilings", folder=folder), session.log, min(limit, FACTS_LIMIT), quiet)
     found = folder / "ceilings.json"
     document: dict[str, Any] = stamped(session, found) if found.exists() else {"fault": ended.fault}
     session.save("facts.json", document)
@@ -199,7 +134,7 @@ def tests(session: Session, limit: float) -> None:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="]
     command += ["--strict-markers", *(["-n", str(workers)] if workers else []), *session.options.tests]
     command += ["-k", session.options.test_filter] if session.options.test_filter else []
-    ended = watch(session, command, limit, read)
+    ended = watch(command, session.log, limit, read)
     counts = {kind: list(outcomes.values()).count(kind) for kind in sorted(set(outcomes.values()))}
     failed = sorted(name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR"))
     session.save(
@@ -231,7 +166,7 @@ def operators(session: Session, limit: float) -> None:
             elif line.strip():
                 print("  " + line, flush=True)
 
-        ended = watch(session, bench(session, *waiting, folder=folder), max(1.0, end - time.monotonic()), read)
+        ended = watch(bench(session, *waiting, folder=folder), session.log, max(1.0, end - time.monotonic()), read)
         waiting = [name for name in waiting if name not in done]
         if not waiting:
             break
@@ -273,7 +208,7 @@ def engine(session: Session, limit: float) -> None:
     folder = session.scratch / "engine"
     options = session.options
     extra = ["--shape", options.shape] if options.shape else ["--model", options.model] if options.model else []
-    ended = watch(session, [*bench(session, "engine", folder=folder), *extra], limit, quiet, silence=limit)
+    ended = watch([*bench(session, "engine", folder=folder), *extra], session.log, limit, quiet, silence=limit)
     found = folder / "engine.json"
     document = stamped(session, found) if found.exists() else {}
     session.save("engine.json", {**document, "fault": ended.fault})
@@ -311,10 +246,10 @@ def names(session: Session) -> list[str]:
         if line.startswith("operators:"):
             found.extend(line.split()[1:])
 
-    ended = watch(session, [sys.executable, "-c", code], 120.0, read)
+    ended = watch([sys.executable, "-c", code], session.log, 120.0, read)
     if not found:
         raise RuntimeError(f"the catalogue cannot be read: {ended.fault}")
-    return found
+    return [name for name in FIRST if name in found] + [name for name in found if name not in FIRST]
 
 
 def quiet(line: str) -> None:

@@ -136,6 +136,15 @@ def _operators(
             if name != skipped and (not peer or any(word in name for word in peer))
         }
         console.print(f"@start {target}", markup=False)
+        path = folder / f"{target}.json"
+        finished: list[record.Result] = []
+
+        def keep(result: record.Result, finished: list = finished, path: Path = path) -> None:
+            # Written after every case: a later one may hang.
+            console.print(f"  {result.operator} {result.case}: {result.seconds:.1f} s", markup=False)
+            finished.append(result)
+            record.write(path, device, finished, ceilings, _command())
+
         results = bench_operator(
             op,
             cases,
@@ -145,10 +154,11 @@ def _operators(
             ceilings=ceilings,
             budget=budget,
             host=host,
-            on_result=lambda result: console.print(f"  {result.operator} {result.case}: {result.seconds:.1f} s", markup=False),
+            on_result=keep,
         )
         report.show(results, console)
-        path = record.write(folder / f"{target}.json", device, results, ceilings, _command())
+        if not results:
+            console.print(f"{target} has no benchmark case", markup=False)
         console.print(f"@done {path}", markup=False)
 
 
