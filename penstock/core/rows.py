@@ -54,3 +54,15 @@ def unfit_rows(**tensors: Tensor | None) -> str | None:
             walked[name] = rows
     sizes = {rows.inner for rows in walked.values()}
     return f"{', '.join(walked)} fold into different rows: {sorted(sizes)}" if len(sizes) > 1 else None
+
+
+def walk_rows(*tensors: Tensor) -> tuple[int, int, list[int]]:
+    """(rows, inner size, two strides of each tensor) of tensors that `unfit_rows` found fit."""
+    folds = []
+    for tensor in tensors:
+        rows = fold_rows(tensor)
+        if rows is None:
+            raise ValueError(f"strides {list(tensor.stride())} of shape {list(tensor.shape)} do not fold into rows")
+        folds.append(rows)
+    inner = max(rows.inner for rows in folds)
+    return folds[0].count, inner, [stride for rows in folds for stride in rows.strides(inner)]

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.core.rows import fold_rows
+from penstock.core.rows import walk_rows
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,15 @@ def launch(out: Tensor, x: Tensor, activation: str) -> None:
     if out.numel() == 0:
         return
     C = out.shape[-1]
-    folds = [fold for tensor in (out, x) if (fold := fold_rows(tensor)) is not None]
-    inner = max(fold.inner for fold in folds)
+    num_rows, inner, strides = walk_rows(out, x)
     config = configure(C)
-    _gated_kernel[(triton.cdiv(folds[0].count, config.rows) * triton.cdiv(C, config.block),)](
+    _gated_kernel[(triton.cdiv(num_rows, config.rows) * triton.cdiv(C, config.block),)](
         out,
         x,
-        folds[0].count,
+        num_rows,
         C,
         inner,
-        *[stride for fold in folds for stride in fold.strides(inner)],
+        *strides,
         ACTIVATION=activation,
         ROWS=config.rows,
         BLOCK=config.block,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.core.rows import fold_rows
+from penstock.core.rows import walk_rows
 from penstock.core.tuning import tuned
 
 
@@ -131,16 +131,15 @@ def launch(
     has_residual = residual is not None
     # Without a residual the kernel takes x and out in its place and does not touch them.
     tensors = [out, out if new_residual is None else new_residual, x, x if residual is None else residual]
-    folds = [fold for tensor in tensors if (fold := fold_rows(tensor)) is not None]
-    inner = max(fold.inner for fold in folds)
+    num_rows, inner, strides = walk_rows(*tensors)
     config = configure.on(out.device, N)
-    _rms_norm_kernel[(triton.cdiv(folds[0].count, config.rows),)](
+    _rms_norm_kernel[(triton.cdiv(num_rows, config.rows),)](
         *tensors,
         weight,
-        folds[0].count,
+        num_rows,
         N,
         inner,
-        *[stride for fold in folds for stride in fold.strides(inner)],
+        *strides,
         eps,
         offset,
         HAS_RESIDUAL=has_residual,

@@ -150,6 +150,15 @@ def frequencies(config: RopeConfig) -> tuple[Tensor, float]:
     return values, factor if config.attention_factor is None else config.attention_factor
 
 
+# What a dictionary must state, because no default is right for every model.
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+
 def _stated(source: Any, *names: str) -> Any:
     """The first of these attributes (or keys) that is there and not None."""
     for name in names:
@@ -172,7 +181,7 @@ def read_config(config: Any, *, max_position: int | None, head_dim: int | None, 
             raise ValueError(f"rope_table: `layer_type` must be one of {', '.join(nested)}, got {layer_type!r}")
         parameters = parameters[layer_type]
     kind = _stated(parameters, "rope_type", "type") or "default"
-    head_dim = head_dim or _stated(whole, "head_dim", "qk_rope_head_dim")
+    head_dim = head_dim or _stated(whole, "qk_rope_head_dim", "head_dim")
     if head_dim is None and _stated(whole, "num_attention_heads"):
         head_dim = _stated(whole, "hidden_size") // _stated(whole, "num_attention_heads")
     if head_dim is None:
@@ -183,6 +192,13 @@ def read_config(config: Any, *, max_position: int | None, head_dim: int | None, 
     if length is None:
         raise ValueError("rope_table: `max_position` is not in the configuration: state it")
     original = trained if kind == "dynamic" and trained else original or trained
+    missing = [name for name in _NEEDED.get(kind, ()) if parameters.get(name) is None]
+    if kind in ("dynamic", "llama3", "yarn", "longrope") and original is None:
+        missing.append("original_max_position_embeddings")
+    if kind in ("yarn", "longrope") and trained is None and parameters.get("factor") is None:
+        missing.append("factor")
+    if missing:
+        raise ValueError(f"rope_table: scaling {kind!r} needs {', '.join(missing)}, which the configuration does not state")
     share = _stated(parameters, "partial_rotary_factor")
     share = share if share is not None else _stated(whole, "partial_rotary_factor") or 1.0
     factor = _stated(parameters, "factor")

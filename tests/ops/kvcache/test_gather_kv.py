@@ -12,6 +12,11 @@ GPU = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = pytest.mark.parametrize(("impl", "device"), [("cpu", "cpu"), ("triton", GPU)])
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def int32(values, device):
     return torch.tensor(values, dtype=torch.int32, device=device)
 

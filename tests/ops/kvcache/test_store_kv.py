@@ -15,6 +15,11 @@ RUNS = pytest.mark.parametrize(("impl", "device"), [("cpu", "cpu"), ("triton", G
 FP8 = torch.float8_e4m3fn
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def bits(tensor):
     return tensor.detach().contiguous().cpu().view(torch.uint8)
 

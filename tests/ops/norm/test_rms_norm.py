@@ -16,6 +16,11 @@ RUNS = pytest.mark.parametrize(("impl", "device"), [("cpu", "cpu"), ("triton", G
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def exact(x, weight, offset=0.0, eps=1e-6):
     return rms_norm(x.cpu().double(), weight.cpu().double(), eps=eps, weight_offset=offset, impl="reference")
 
@@ -34,6 +39,7 @@ def plain(x, weight, offset=0.0, eps=1e-6):
     offset=st.sampled_from([0.0, 1.0]),
 )
 def test_any_shape(impl, device, rows, N, dtype, wide_weight, offset):
+    torch.manual_seed(0)
     x = torch.randn(*rows, N).to(device, dtype)
     residual = torch.randn(*rows, N).to(device, dtype)
     weight = torch.randn(N).to(device, torch.float32 if wide_weight else dtype)

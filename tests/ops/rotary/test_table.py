@@ -155,6 +155,27 @@ def test_a_dictionary_a_dataclass_and_keywords_agree():
     assert torch.equal(rope_table(Older()), by_keyword)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "missing"),
+    [
+        ({"rope_type": "linear"}, "factor"),
+        ({"rope_type": "dynamic", "factor": 2.0}, "original_max_position_embeddings"),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}, "low_freq_factor, high_freq_factor"),
+        ({"rope_type": "yarn", "original_max_position_embeddings": 64}, "factor"),
+        ({"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 64}, "short_factor, long_factor"),
+    ],
+)
+def test_missing_facts_are_named(parameters, missing):
+    with pytest.raises(ValueError, match=missing):
+        rope_table(parameters, head_dim=32, max_position=128)
+
+
+def test_a_dictionary_of_dynamic_scaling_states_its_original_length():
+    config = config_with(SCALINGS["dynamic"])
+    parameters = {**SCALINGS["dynamic"], "rope_theta": 20000.0, "original_max_position_embeddings": LENGTH}
+    assert torch.equal(rope_table(parameters, head_dim=32, max_position=300), rope_table(config, max_position=300))
+
+
 def test_errors():
     with pytest.raises(NotSupported, match="axial"):
         rope_table({"rope_type": "axial"}, head_dim=32, max_position=8)
