@@ -9,6 +9,7 @@ tests.json, operators.json, engine.json, summary.txt and session.log; the summar
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -16,19 +17,36 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-ROOT = Path(__file__).resolve().parents[1]
+from watched import ROOT, environment, watch
+
 # Shares of the time that is left when a part begins.
 PARTS = {"facts": 1.0, "tests": 5.0, "operators": 6.0, "engine": 4.0}
 FACTS_LIMIT = 75.0
-# Compiling a peer's kernels is silent and long; a kernel that hangs is silent for good.
-SILENCE = 150.0
+# What matters most goes first: the time may not be enough for all.
+FIRST = (
+    "attention_decode",
+    "sample",
+    "attention_prefill",
+    "attention_prefill_paged",
+    "rms_norm",
+    "add_rms_norm",
+    "silu_and_mul",
+)
+# Operators with a FlashInfer peer, whose kernels are compiled from source: done beside the tests, on idle cores.
+WARMED = (
+    "rms_norm",
+    "add_rms_norm",
+    "silu_and_mul",
+    "attention_prefill",
+    "attention_prefill_paged",
+    "attention_decode",
+    "sample",
+)
 
 
 @dataclass
@@ -40,6 +58,7 @@ class Session:
     log: TextIO
     end: float
     summary: list[str] = field(default_factory=list)
+    warmers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def say(self, line: str) -> None:
         """Adds a line to the summary."""
@@ -55,76 +74,38 @@ class Session:
         (self.options.output / name).write_text(json.dumps(document, indent=1) + "\n")
 
 
-@dataclass
-class Ended:
-    """How a process ended: its exit status, why it was killed if it was, and its last lines."""
-
-    status: int
-    killed: str
-    tail: list[str]
-    seconds: float
-
-    @property
-    def fault(self) -> str:
-        """One line, empty when all went well."""
-        if self.killed:
-            return self.killed
-        last = next((line for line in reversed(self.tail) if line.strip()), "")
-        return f"exit status {self.status}: {last.strip()[:200]}" if self.status else ""
+def start_warmers(session: Session) -> None:
+    """Starts a process for each operator whose FlashInfer kernels have to be compiled."""
+    options = session.options
+    if options.device == "cpu" or importlib.util.find_spec("flashinfer") is None:
+        return
+    known = options.operators or names(session)
+    for name in known:
+        if name in WARMED:
+            command = [sys.executable, "-m", "penstock.bench", name, "--device", options.device, "--warm"]
+            session.warmers.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, stdout=session.log, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
+                )
+            )
 
 
-def watch(
-    session: Session, command: list[str], limit: float, on_line: Callable[[str], None], silence: float = SILENCE
-) -> Ended:
-    """Runs a command until it ends, exceeds the limit or says nothing for too long; every line goes to the log."""
-    began = time.monotonic()
-    session.log.write(f"\n$ {' '.join(command)}\n")
-    session.log.flush()
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
-    )
-    tail: list[str] = []
-    heard = [time.monotonic()]
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            heard[0] = time.monotonic()
-            session.log.write(line)
-            tail.append(line.rstrip("\n"))
-            del tail[:-40]
-            on_line(line.rstrip("\n"))
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    killed = ""
-    while process.poll() is None and not killed:
-        now = time.monotonic()
-        if now - began > limit:
-            killed = f"stopped at its limit of {limit:.0f} s"
-        elif now - heard[0] > silence:
-            killed = f"stopped after {silence:.0f} s without a word"
-        else:
-            time.sleep(0.1)
-    if killed:
+def end_warmers(session: Session, wait: float) -> None:
+    """Waits for the warmers and ends those that take longer."""
+    until = time.monotonic() + wait
+    while session.warmers and time.monotonic() < until:
+        session.warmers = [process for process in session.warmers if process.poll() is None]
+        time.sleep(0.2)
+    for process in session.warmers:
         os.killpg(process.pid, signal.SIGKILL)
-    status = process.wait()
-    reader.join(5)
-    session.log.flush()
-    return Ended(status, killed, tail, time.monotonic() - began)
+        process.wait()
+    session.warmers = []
 
 
 def facts(session: Session, limit: float) -> None:
     """Device facts and ceilings."""
     folder = session.scratch / "facts"
-    ended = watch(session, bench(session, "ceilings", folder=folder), min(limit, FACTS_LIMIT), quiet)
+    ended = watch(bench(session, "ceilings", folder=folder), session.log, min(limit, FACTS_LIMIT), quiet)
     found = folder / "ceilings.json"
     document: dict[str, Any] = stamped(session, found) if found.exists() else {"fault": ended.fault}
     session.save("facts.json", document)
@@ -153,7 +134,7 @@ def tests(session: Session, limit: float) -> None:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="]
     command += ["--strict-markers", *(["-n", str(workers)] if workers else []), *session.options.tests]
     command += ["-k", session.options.test_filter] if session.options.test_filter else []
-    ended = watch(session, command, limit, read)
+    ended = watch(command, session.log, limit, read)
     counts = {kind: list(outcomes.values()).count(kind) for kind in sorted(set(outcomes.values()))}
     failed = sorted(name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR"))
     session.save(
@@ -170,6 +151,7 @@ def operators(session: Session, limit: float) -> None:
     """Every operator's benchmark cases with all peers; an operator that hangs or crashes is left out and the rest goes on."""
     folder = session.scratch / "operators"
     end = time.monotonic() + limit
+    end_warmers(session, limit / 2)
     waiting = session.options.operators or names(session)
     faults: dict[str, str] = {}
     while waiting:
@@ -184,7 +166,7 @@ def operators(session: Session, limit: float) -> None:
             elif line.strip():
                 print("  " + line, flush=True)
 
-        ended = watch(session, bench(session, *waiting, folder=folder), max(1.0, end - time.monotonic()), read)
+        ended = watch(bench(session, *waiting, folder=folder), session.log, max(1.0, end - time.monotonic()), read)
         waiting = [name for name in waiting if name not in done]
         if not waiting:
             break
@@ -226,7 +208,7 @@ def engine(session: Session, limit: float) -> None:
     folder = session.scratch / "engine"
     options = session.options
     extra = ["--shape", options.shape] if options.shape else ["--model", options.model] if options.model else []
-    ended = watch(session, [*bench(session, "engine", folder=folder), *extra], limit, quiet, silence=limit)
+    ended = watch([*bench(session, "engine", folder=folder), *extra], session.log, limit, quiet, silence=limit)
     found = folder / "engine.json"
     document = stamped(session, found) if found.exists() else {}
     session.save("engine.json", {**document, "fault": ended.fault})
@@ -264,10 +246,10 @@ def names(session: Session) -> list[str]:
         if line.startswith("operators:"):
             found.extend(line.split()[1:])
 
-    ended = watch(session, [sys.executable, "-c", code], 120.0, read)
+    ended = watch([sys.executable, "-c", code], session.log, 120.0, read)
     if not found:
         raise RuntimeError(f"the catalogue cannot be read: {ended.fault}")
-    return found
+    return [name for name in FIRST if name in found] + [name for name in found if name not in FIRST]
 
 
 def quiet(line: str) -> None:
@@ -308,6 +290,8 @@ def main() -> int:
         session = Session(options, Path(scratch), log, time.monotonic() + options.minutes * 60)
         for index, part in enumerate(chosen):
             limit = session.left() * PARTS[part] / sum(PARTS[later] for later in chosen[index:])
+            if part == "tests" and "operators" in chosen:
+                start_warmers(session)
             print(f"== {part}, at most {limit:.0f} s", flush=True)
             try:
                 run[part](session, limit)
@@ -315,6 +299,7 @@ def main() -> int:
                 # The other parts must still have their turn.
                 session.say(f"{part}: {type(error).__name__}: {error}")
                 broken = 1
+        end_warmers(session, 0.0)
         (options.output / "summary.txt").write_text("\n".join(session.summary) + "\n")
     print("\n== summary\n" + "\n".join(session.summary), flush=True)
     return broken

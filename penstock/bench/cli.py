@@ -34,6 +34,9 @@ def bench(
         bool, typer.Option("--quick", help="Small cases and ceilings, little time: a test of the way, not a number.")
     ] = False,
     tune: Annotated[bool, typer.Option("--tune", help="Time an operator's candidate configs and write its table.")] = False,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Only call every peer once, so that its kernels are built and cached.")
+    ] = False,
     host: Annotated[bool, typer.Option("--host/--no-host", help="Also time contract and choice of one eager call.")] = True,
     model: Annotated[str, typer.Option(help="engine: a local checkpoint.")] = "",
     shape: Annotated[str, typer.Option(help="engine: a published shape with random weights instead of a checkpoint.")] = "",
@@ -43,6 +46,8 @@ def bench(
     import torch
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
     if tune and where.type == "cpu":
         # Candidates are kernels: without a GPU they run through the interpreter, chosen before Triton is imported.
         os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -57,6 +62,13 @@ def bench(
     unknown = [target for target in targets if target not in known]
     if unknown:
         raise typer.BadParameter(f"no operator {', '.join(unknown)}; there are {', '.join(known)}, all, ceilings and engine")
+    if warm:
+        from penstock.bench.run import warm_peers
+
+        for target in targets:
+            for line in warm_peers(known[target], where):
+                console.print(line, markup=False)
+        return
     if tune:
         from penstock.bench.tune import tune_from_command_line
 
@@ -124,6 +136,15 @@ def _operators(
             if name != skipped and (not peer or any(word in name for word in peer))
         }
         console.print(f"@start {target}", markup=False)
+        path = folder / f"{target}.json"
+        finished: list[record.Result] = []
+
+        def keep(result: record.Result, finished: list = finished, path: Path = path) -> None:
+            # Written after every case: a later one may hang.
+            console.print(f"  {result.operator} {result.case}: {result.seconds:.1f} s", markup=False)
+            finished.append(result)
+            record.write(path, device, finished, ceilings, _command())
+
         results = bench_operator(
             op,
             cases,
@@ -133,10 +154,11 @@ def _operators(
             ceilings=ceilings,
             budget=budget,
             host=host,
-            on_result=lambda result: console.print(f"  {result.operator} {result.case}: {result.seconds:.1f} s", markup=False),
+            on_result=keep,
         )
         report.show(results, console)
-        path = record.write(folder / f"{target}.json", device, results, ceilings, _command())
+        if not results:
+            console.print(f"{target} has no benchmark case", markup=False)
         console.print(f"@done {path}", markup=False)
 
 

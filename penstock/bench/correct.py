@@ -67,18 +67,24 @@ def results(op: Op, arguments: Arguments, impl: str) -> dict[str, Tensor]:
 
 
 def disagreement(peer: Any, ours: Any) -> str:
-    """Why a peer's results are not those of ours, or ""; indices (sampled tokens) are compared by shape alone."""
+    """Why a peer's results are not those of ours, or ""; indices (sampled tokens) are compared by shape alone.
+
+    A peer may return fewer results than ours, in our order.
+    """
     mine, theirs = tensors_of(ours), tensors_of(peer)
     if not theirs:
         return "returns no tensor"
-    first, other = mine[0], theirs[0]
-    if first.numel() != other.numel():
-        return f"returns shape {list(other.shape)}, ours {list(first.shape)}"
-    if not first.dtype.is_floating_point:
-        return ""
-    wide = first.reshape(-1).float()
-    error = float((other.reshape(-1).float() - wide).norm() / wide.norm().clamp_min(1e-30))
-    return "" if error <= PEER_ERROR else f"differs from ours by {error:.2g} in norm, at most {PEER_ERROR} passes"
+    for first, other in zip(mine, theirs, strict=False):
+        if first.numel() != other.numel():
+            return f"returns shape {list(other.shape)}, ours {list(first.shape)}"
+        if not first.dtype.is_floating_point:
+            continue
+        # Pages that nobody wrote may hold NaN on both sides.
+        wide, narrow = first.reshape(-1).float().nan_to_num(), other.reshape(-1).float().nan_to_num()
+        error = float((narrow - wide).norm() / wide.norm().clamp_min(1e-30))
+        if error > PEER_ERROR:
+            return f"differs from ours by {error:.2g} in norm, at most {PEER_ERROR} passes"
+    return ""
 
 
 def _judge(name: str, got: Tensor, exact: Tensor, same: Tensor) -> None:

@@ -257,7 +257,7 @@ def bench_from_command_line(
     elif on_gpu:
         workloads, rounds = [Workload(1, 1024, 96), Workload(16, 1024, 96), Workload(64, 1024, 96)], 3
     else:
-        workloads, rounds = [Workload(1, 64, 64), Workload(16, 64, 64)], 5
+        workloads, rounds = [Workload(1, 64, 48), Workload(16, 64, 24)], 5
     longest = max(workload.prompt + workload.output for workload in workloads)
     options: dict[str, Any] = {
         "max_num_seqs": max(workload.requests for workload in workloads),

@@ -15,7 +15,7 @@ def load_checkpoint(path: str | Path, device: torch.device, dtype: torch.dtype) 
     """The checkpoint as transformers reads it, with SDPA."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
     return _ready(model.to(device))
 
 
@@ -85,8 +85,9 @@ def divergence(model: Any, prompts: Prompts, ours: list[list[int]], theirs: list
     """Why our greedy tokens are wrong, or "".
 
     In float32 tokens agree. In bfloat16 two correct programs part where two logits are nearly equal: at the first difference
-    transformers' own logits of the two tokens must then lie within twice the noise between two ways transformers itself
-    computes them (alone, and in a batch of two), or twice one rounding of the largest logit, if that is more.
+    transformers' own logits of the two tokens must then lie within twice the largest difference between the logits that
+    transformers itself computes with SDPA and with its eager attention, or twice one rounding of the largest logit, if that
+    is more.
     """
     for index, (prompt, mine, other) in enumerate(zip(prompts, ours, theirs, strict=True)):
         if len(mine) != len(other):
@@ -94,7 +95,7 @@ def divergence(model: Any, prompts: Prompts, ours: list[list[int]], theirs: list
         at = next((i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), None)
         if at is None:
             continue
-        logits, again = _logits(model, prompt + other[:at], 1), _logits(model, prompt + other[:at], 2)
+        logits, again = (_logits(model, prompt + other[:at], attention) for attention in ("sdpa", "eager"))
         rounding = torch.finfo(model.dtype).eps * float(logits.abs().max())
         allowed = 2 * max(float((logits - again).abs().max()), rounding)
         gap = float(logits[other[at]] - logits[mine[at]])
@@ -107,8 +108,12 @@ def divergence(model: Any, prompts: Prompts, ours: list[list[int]], theirs: list
 
 
 @torch.inference_mode()
-def _logits(model: Any, ids: list[int], copies: int) -> Tensor:
-    return model(torch.tensor([ids] * copies, device=model.device), logits_to_keep=1).logits[0, -1].float()
+def _logits(model: Any, ids: list[int], attention: str) -> Tensor:
+    model.set_attn_implementation(attention)
+    try:
+        return model(torch.tensor([ids], device=model.device), logits_to_keep=1).logits[0, -1].float()
+    finally:
+        model.set_attn_implementation("sdpa")
 
 
 def serve(name: str) -> Any:

@@ -35,7 +35,8 @@ def copy_arguments(arguments: Arguments) -> Arguments:
 
     def copy(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
-            return type(value)(copy(item) for item in value)
+            items = [copy(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         if not isinstance(value, Tensor):
             return value
         if value.numel() == 0:

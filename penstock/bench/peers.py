@@ -23,7 +23,7 @@ Peer = Callable[[Arguments], Call | str]
 # Rooms whose references are a few element-wise passes and reductions, which torch.compile fuses into one kernel. The
 # references of the others loop over requests or materialise scores: compiled, they would be a straw man.
 COMPILED_ROOMS = ("norm", "activation", "quantize", "rotary")
-COMPILED_TOO = ("merge_attention", "log_probs", "apply_penalties", "moe_route")
+COMPILED_TOO = ("merge_attention", "apply_penalties", "moe_route")
 
 
 def peers_of(op: Op) -> dict[str, Peer]:
@@ -46,10 +46,9 @@ def compiled_reference(op: Op) -> Peer:
     def prepare(arguments: Arguments) -> Call | str:
         if op.definition is None:
             return f"{op.name} has no reference to compile"
-        inputs = [argument for argument in op.arguments if not argument.name.startswith("out")]
-        if any(argument.is_write for argument in inputs):
+        if any(argument.is_write and not argument.name.startswith("out") for argument in op.arguments):
             return "the reference changes its arguments in place"
-        outs = sum(argument.name.startswith("out") for argument in op.arguments)
+        outs = sum(argument.is_write and argument.name.startswith("out") for argument in op.arguments)
         values = recorded(op, arguments, "reference")[1][outs:]
         if "reference" not in compiled:
             torch._dynamo.reset()
@@ -188,11 +187,77 @@ def _sort_and_draw(arguments: Arguments) -> Call | str:
     return call
 
 
+def _sum_and_topk(arguments: Arguments) -> Call | str:
+    logits, top_n = arguments["logits"], arguments["top_n"]
+    ids = arguments["ids"].long().clamp(0, logits.shape[1] - 1)[:, None]
+
+    def call() -> tuple[Tensor, ...]:
+        wide = logits.float()
+        total = wide.logsumexp(1, keepdim=True)
+        chosen = wide.gather(1, ids)
+        ranks = (wide > chosen).sum(1) + 1
+        top = wide.topk(top_n, dim=1)
+        return (chosen - total)[:, 0], ranks, top.indices, top.values - total
+
+    return call
+
+
+# ---- kvcache: torch indexing with the indices made outside the timing
+
+
+def _index_copy(arguments: Arguments) -> Call | str:
+    k, v, slots = arguments["k"], arguments["v"], arguments["slots"].long()
+    caches = arguments["k_cache"], arguments["v_cache"]
+    if arguments.get("format") is not None or bool((slots < 0).any()):
+        return "stores in the dtype given, and every token"
+    if not all(cache.is_contiguous() for cache in caches):
+        return "views pages as rows, which HND strides do not allow"
+    rows = [cache.view(-1, *cache.shape[2:]) for cache in caches]
+
+    def call() -> tuple[Tensor, Tensor]:
+        rows[0].index_copy_(0, slots, k)
+        rows[1].index_copy_(0, slots, v)
+        return caches
+
+    return call
+
+
+def _index_select(arguments: Arguments) -> Call | str:
+    cache, table, lengths = arguments["cache"], arguments["page_table"], arguments["seqlens"]
+    if not cache.is_contiguous():
+        return "views pages as rows, which HND strides do not allow"
+    if not torch.equal(arguments["cu_seqlens"].diff(), lengths) or arguments.get("total") not in (None, int(lengths.sum())):
+        return "leaves no room between requests"
+    size = cache.shape[1]
+    positions = torch.arange(table.shape[1] * size, device=table.device)
+    slots = (table.long() * size).repeat_interleave(size, 1) + positions % size
+    wanted = slots[positions[None] < lengths[:, None]]
+    rows = cache.view(-1, *cache.shape[2:])
+    return lambda: rows.index_select(0, wanted)
+
+
+def _index_pages(arguments: Arguments) -> Call | str:
+    cache, pairs = arguments["cache"], arguments["pairs"].long()
+    if bool((pairs < 0).any()):
+        return "copies every pair"
+    sources, destinations = pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
+
+    def call() -> Tensor:
+        cache[destinations] = cache[sources]
+        return cache
+
+    return call
+
+
 PEERS: dict[str, dict[str, Peer]] = {
     "rms_norm": {"torch F.rms_norm": _plain_norm},
     "add_rms_norm": {"torch add, F.rms_norm": _add_then_norm},
     "layer_norm": {"torch F.layer_norm": _layer_norm},
     "silu_and_mul": {"torch silu, mul": _gated(F.silu)},
     "attention_prefill": {"SDPA cuDNN": _sdpa("CUDNN_ATTENTION"), "SDPA flash": _sdpa("FLASH_ATTENTION")},
+    "store_kv": {"torch index_copy_": _index_copy},
+    "gather_kv": {"torch index_select": _index_select},
+    "copy_pages": {"torch indexing": _index_pages},
+    "log_probs": {"torch logsumexp, topk": _sum_and_topk},
     "sample": {"torch argmax": _argmax, "torch multinomial": _multinomial, "torch sort": _sort_and_draw},
 }

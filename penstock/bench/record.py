@@ -1,6 +1,7 @@
 """What a benchmark leaves behind: results as data, where and on what they were made, and the JSON file that holds both."""
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -104,8 +105,9 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+@functools.cache
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions, commit and date."""
+    """Device, driver, versions, commit and date; asked once for each process."""
     facts: dict[str, Any] = {
         "device": device_name(device),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

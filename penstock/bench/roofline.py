@@ -53,7 +53,7 @@ def bound_by(cost: Cost, ceilings: Ceilings) -> str:
 
 def measure_ceilings(device: torch.device, *, quick: bool = False, budget: float = 0.4) -> Ceilings:
     """Measures copy bandwidth and matmul rates on random data; `quick` shrinks the problems."""
-    size = (2**30 if device.type == "cuda" else 2**28) // (8 if quick else 1)
+    size = (2**31 if device.type == "cuda" else 2**28) // (8 if quick else 1)
     copy = 2 * size / _time(_copy(size, device), device, budget)
     if device.type == "cuda":
         n = 4096 if quick else 8192

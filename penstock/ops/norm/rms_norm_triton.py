@@ -3,6 +3,7 @@
 The residual sum, when there is one, is part of the first walk.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.core.rows import fold_rows
+from penstock.core.tuning import tuned
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,17 @@ class Launch:
     num_warps: int
 
 
+def candidates(N: int) -> Iterator[Launch]:
+    """Whole rows in 8 to 64 values a thread, and the chunked walk of wide rows."""
+    width = triton.next_power_of_2(N)
+    for block in [width] if width <= 16384 else [4096, 8192, 16384]:
+        for rows in [1, 2, 4, 8] if block == width else [1]:
+            for num_warps in (2, 4, 8, 16, 32):
+                if 8 <= rows * block / (32 * num_warps) <= 64:
+                    yield Launch(rows, block, num_warps)
+
+
+@tuned(candidates)
 def configure(N: int) -> Launch:
     """Sixteen values a thread: two 16-byte loads in bfloat16, and no spill with a residual and a float32 weight."""
     width = triton.next_power_of_2(N)
@@ -120,7 +133,7 @@ def launch(
     tensors = [out, out if new_residual is None else new_residual, x, x if residual is None else residual]
     folds = [fold for tensor in tensors if (fold := fold_rows(tensor)) is not None]
     inner = max(fold.inner for fold in folds)
-    config = configure(N)
+    config = configure.on(out.device, N)
     _rms_norm_kernel[(triton.cdiv(folds[0].count, config.rows),)](
         *tensors,
         weight,
