@@ -5,6 +5,7 @@ on the host, copy it to the device, replay. Padding columns have length 0 and wr
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class DecodeGraphs:
             host = torch.empty((len(FIELDS), size), dtype=torch.int32, pin_memory=device.type == "cuda")
             host.numpy()[:] = self.padding
             inputs = host.to(device, copy=True)
-            replay, logits = record(lambda inputs=inputs: step(inputs))
+            replay, logits = record(partial(step, inputs))
             self._recorded[size] = (host, inputs, replay, logits)
 
     def size_for(self, rows: int) -> int:

@@ -1,5 +1,7 @@
 """The sampling state of every slot, and the choice of each row's next token."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,9 @@ class Sampler:
         self._held: set[int] = set()  # slots with min_tokens
         self._reported: set[int] = set()  # slots with logprobs
         self._rows: list[int] = []  # the slots that _gathered was made for
-        self._gathered: dict[str, float | Tensor] = {}
+        self._gathered: dict[str, Any] = {}
+        self._greedy = True  # no row of _gathered is drawn, so that offsets do not matter
+        self._any_offsets = self.seeds[:0]
 
     def admit(self, new: SlotInit) -> None:
         """A request takes a slot."""
@@ -80,7 +84,7 @@ class Sampler:
             self._penalise(logits, slots, penalised)
         if self._held:
             self._hold(logits, slots, num_outputs)
-        offsets = self._no_offsets if self._greedy else torch.tensor(num_outputs, dtype=torch.int64).to(self.device)
+        offsets = self._any_offsets if self._greedy else torch.tensor(num_outputs, dtype=torch.int64).to(self.device)
         ids = sample(logits, offsets=offsets, **self._gathered)
         if penalised:
             self._add_counts(slots, penalised, ids)
@@ -92,7 +96,7 @@ class Sampler:
         index = torch.tensor(slots, dtype=torch.int64)
         numbers = self.numbers.index_select(1, index)
         top_k = self.top_k.index_select(0, index)
-        options: dict[str, float | Tensor] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        options: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
         self._greedy = self._drawn.isdisjoint(slots)
         if not self._greedy:
             options["temperature"] = numbers[_TEMPERATURE]
@@ -106,7 +110,7 @@ class Sampler:
         self._gathered = {
             name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in options.items()
         }
-        self._no_offsets = self._gathered["seeds"]
+        self._any_offsets = self._gathered["seeds"]
         self._rows = list(slots)
 
     def _count(self, new: SlotInit) -> None:

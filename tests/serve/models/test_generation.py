@@ -80,6 +80,15 @@ def test_preemption_changes_nothing(case, checkpoint, expected):
     assert tokens == expected(case)
 
 
+def test_load_takes_the_dtype_of_the_checkpoint_and_reports_progress(checkpoint):
+    seen = []
+    config = EngineConfig(checkpoint("qwen3"), device="cpu", max_model_len=64, max_num_seqs=2)
+    runner = Runner.load(config, progress=lambda done, total: seen.append(done / total))
+    assert runner.pool.data.dtype is torch.float32
+    assert (runner.num_pages, runner.max_model_len, runner.vocab_size, runner.eos_token_ids) == (8, 64, 199, (2,))
+    assert seen == sorted(seen) and seen[-1] == 1.0
+
+
 @pytest.mark.parametrize("page_size", [1, 2, 256])
 def test_page_sizes(checkpoint, expected, page_size):
     config = EngineConfig(checkpoint("mistral"), device="cpu", dtype="float32", page_size=page_size)
