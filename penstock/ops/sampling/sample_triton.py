@@ -18,7 +18,8 @@ from penstock.ops.sampling.sample_row_triton import bracket_kernel, cut_kernel, 
 
 TILE = 128
 MAX_TILES = 2048
-BLOCK = 2048
+BLOCK = 1024
+PROGRAMS_PER_SM = 8
 CHUNK = 1024
 CAPACITY = 8192
 
@@ -47,7 +48,7 @@ def launch(
     tiles = max(1, BLOCK // tile)
     shape = {"PADDED_TILES": padded_tiles, "TILE": tile}
     all_blocks = triton.cdiv(padded_tiles, tiles)
-    splits = min(all_blocks, max(1, triton.cdiv(4 * num_sms(device), B)))
+    splits = min(all_blocks, max(1, triton.cdiv(PROGRAMS_PER_SM * num_sms(device), B)))
     blocks = triton.cdiv(all_blocks, splits)
     grid = (B, triton.cdiv(all_blocks, blocks))
     row = (V, logits.stride(0))
@@ -97,7 +98,7 @@ def launch(
             *row,
             blocks,
             BLOCK=tiles * tile,
-            num_warps=8,
+            num_warps=4,
             enable_fp_fusion=False,
         )
     scan.gather_kernel[grid](
@@ -119,7 +120,7 @@ def launch(
         held,
         TILES=tiles,
         **shape,
-        num_warps=8,
+        num_warps=4,
         enable_fp_fusion=False,
     )
     if cuts:
@@ -141,7 +142,7 @@ def launch(
             held,
             CHUNK=CHUNK,
             **shape,
-            num_warps=8,
+            num_warps=4,
             enable_fp_fusion=False,
         )
     draw_kernel[(B,)](

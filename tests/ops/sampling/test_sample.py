@@ -152,8 +152,7 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> None:
     [
         (16, 200_000, {"temperature": 0.9}),
         (50, 200_000, {"min_p": 0.05}),
-        (24, 100_000, {"top_k": 7, "temperature": 1.4}),
-        (24, 100_000, {"top_p": 0.8}),
+        (24, 100_000, {"top_k": 9, "top_p": 0.9, "temperature": 1.4}),
     ],
 )
 def test_draws_follow_the_distribution(V, draws, arguments):
