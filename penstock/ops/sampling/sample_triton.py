@@ -6,6 +6,9 @@ narrow    one pass, for rows at top-p whose bounds hold many ids: tighter bounds
 gather    one pass: masses of the tiles above, candidates in between (top-k reads only the tiles that hold some)
 cut       one program a row: the exact cut among the candidates
 draw      one program a row: the id
+
+Bounds steer only the speed. Where they miss the cut, hold more than CAPACITY ids, or top-k exceeds the number of tiles, the
+row's one program searches the whole row: exact, but many times slower.
 """
 
 import torch
