@@ -1,4 +1,4 @@
-"""Row by row without a sort of the vocabulary: candidates come from torch.topk, and few of them need weights."""
+"""Without a sort of the vocabulary: unfiltered rows together, filtered rows one by one with candidates from torch.topk."""
 
 import math
 
@@ -6,11 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.ops.sampling._philox import random_bits_of
-from penstock.ops.sampling._weights import ONE, at_least, clean, draw, scales, weigh
+from penstock.ops.sampling._options import rows_of
+from penstock.ops.sampling._philox import random_bits, random_bits_of
+from penstock.ops.sampling._weights import LARGEST, ONE, at_least, clean, draw, scales, weigh
 
-FIRST_CANDIDATES = 256
-GROWTH = 8
+# A nucleus is mostly smaller; a larger one is cheaper to sort than to select (numpy sorts with vector instructions).
+CANDIDATES = 256
+# Weights of this many logits at once stay in a core's cache.
+TOGETHER = 2**16
+# From this many rows on, Philox on tensors is faster than on Python's integers.
+MANY_ROWS = 32
 
 
 def launch(
@@ -27,61 +32,70 @@ def launch(
     top_p_value: float,
     min_p_value: float,
 ) -> None:
-    """Fills out; rows at temperature 0 take one pass together, the others go one by one."""
-    B = logits.shape[0]
+    """Fills out."""
+    B, V = logits.shape
     if B == 0:
         return
-    rows = clean(logits)
+    heats = rows_of(temperature, temperature_value, logits)
+    rows = logits.float()
     largest = rows.amax(1)
-    heats = torch.full((B,), temperature_value) if temperature is None else temperature.float()
-    # torch.max does not promise the first of equal values; numpy's argmax does.
-    ids = rows.numpy().argmax(1).tolist() if bool((heats == 0).any()) else [0] * B
-    scale = scales(heats).tolist()
-    ks = [top_k_value] * B if top_k is None else top_k.tolist()
-    ps = torch.full((B,), top_p_value).tolist() if top_p is None else top_p.float().tolist()
-    floors = torch.full((B,), min_p_value).tolist() if min_p is None else min_p.float().tolist()
-    keys = zip(seeds.tolist(), offsets.tolist(), strict=True)
-    for row, (heat, top, key) in enumerate(zip(heats.tolist(), largest.tolist(), keys, strict=True)):
-        if heat == 0:
-            continue
-        if top == -math.inf:
-            ids[row] = 0
-            continue
-        kept = _keep(rows[row], top, scale[row], ks[row], ps[row])
-        values = rows[row] if kept is None else rows[row][kept]
-        weights = weigh(values, top, scale[row])
-        if floors[row] > 0:
-            weights *= weights >= at_least(floors[row], 1 << ONE)
-        cumulative = weights.cumsum(0).numpy()
-        position = int(np.searchsorted(cumulative, draw(random_bits_of(*key), int(cumulative[-1])), side="right"))
-        ids[row] = position if kept is None else int(kept[position])
+    if bool((largest.isnan() | (largest > LARGEST)).any()):
+        rows = clean(rows)
+        largest = rows.amax(1)
+    ids = [0] * B
+    if bool((heats == 0).any()):
+        # torch.argmax does not promise the first of equal values; numpy's does.
+        ids = rows.numpy().argmax(1).tolist()
+    hot = ((heats > 0) & (largest > -math.inf)).tolist()
+    scale = scales(heats)
+    ks = rows_of(top_k, top_k_value, logits, torch.int32).tolist()
+    ps = rows_of(top_p, top_p_value, logits).tolist()
+    least = [at_least(p, 1 << ONE) for p in rows_of(min_p, min_p_value, logits).tolist()]
+    bits = random_bits(seeds, offsets) if B >= MANY_ROWS else list(map(random_bits_of, seeds.tolist(), offsets.tolist()))
+    free = [row for row in range(B) if hot[row] and ps[row] >= 1 and not 0 < ks[row] < V]
+    step = max(1, TOGETHER // V)
+    for start in range(0, len(free), step):
+        some = free[start : start + step]
+        index: slice | list[int] = slice(some[0], some[-1] + 1) if some[-1] - some[0] == len(some) - 1 else some
+        weights = weigh(rows[index], largest[index, None], scale[index, None])
+        for row, position in zip(some, _draw(weights, [least[row] for row in some], [bits[row] for row in some]), strict=True):
+            ids[row] = position
+    for row in sorted({row for row in range(B) if hot[row]} - set(free)):
+        top, by = float(largest[row]), float(scale[row])
+        kept = _keep(rows[row], top, by, ks[row], ps[row])
+        [position] = _draw(weigh(rows[row][kept], top, by)[None], [least[row]], [bits[row]])
+        ids[row] = int(kept[position])
     out.copy_(torch.tensor(ids, dtype=torch.int32))
 
 
-def _keep(row: Tensor, top: float, scale: float, k: int, p: float) -> Tensor | None:
-    """The ids, ascending, that top-k and top-p keep; None for all."""
+def _draw(weights: Tensor, least: list[int], bits: list[int]) -> list[int]:
+    """The drawn position of each row of weights; what weighs less than `least` is out."""
+    if max(least) > 1:
+        weights *= weights >= torch.tensor(least)[:, None]
+    cumulative = weights.cumsum(1)
+    targets = [draw(random, mass) for random, mass in zip(bits, cumulative[:, -1].tolist(), strict=True)]
+    return torch.searchsorted(cumulative, torch.tensor(targets)[:, None], right=True)[:, 0].tolist()
+
+
+def _keep(row: Tensor, top: float, scale: float, k: int, p: float) -> Tensor:
+    """The ids, ascending, that top-k and top-p keep."""
     V = len(row)
-    by_count = 0 < k < V
-    if not by_count and p >= 1:
-        return None
-    if by_count:
+    if 0 < k < V:
         values = row.topk(k).values
         if p < 1:
             cumulative = weigh(values, top, scale).cumsum(0)
             values = values[: _reach(cumulative, at_least(p, int(cumulative[-1])))]
     else:
         needed = at_least(p, int(weigh(row, top, scale).sum()))
-        candidates = FIRST_CANDIDATES
-        while True:
-            values = row.topk(min(candidates, V)).values
+        values = row.topk(min(CANDIDATES, V)).values
+        cumulative = weigh(values, top, scale).cumsum(0)
+        if int(cumulative[-1]) < needed:
+            values = torch.from_numpy(np.sort(row.numpy())).flip(0)
             cumulative = weigh(values, top, scale).cumsum(0)
-            if candidates >= V or int(cumulative[-1]) >= needed:
-                break
-            candidates *= GROWTH
         values = values[: _reach(cumulative, needed)]
     # The weight is a function of the logit: the sorted values say how far the filter reaches, whichever ids they came from.
     last = values[-1]
-    kept = (row >= last).nonzero().squeeze(1)
+    kept = torch.from_numpy(np.flatnonzero(row.numpy() >= float(last)))
     surplus = len(kept) - len(values)
     if surplus > 0:
         equal = (row[kept] == last).nonzero().squeeze(1)

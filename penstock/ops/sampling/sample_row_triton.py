@@ -34,6 +34,7 @@ SAMPLES = tl.constexpr(4096)
 STEPS = tl.constexpr(512)
 NARROW_ENOUGH = tl.constexpr(2048)
 DEVIATIONS = tl.constexpr(4.0)
+MARGIN = tl.constexpr(128.0)
 
 
 @triton.jit
@@ -80,6 +81,11 @@ def _mass_bounds(maxima, top, scale, p, logits_ptr, maxima_ptr, V, TILE: tl.cons
     deviation = DEVIATIONS * tl.sqrt((1 - fraction) * (1 - fraction) * above + fraction * fraction * below) / total
     first = tl.min(tl.where(fraction + deviation >= p, steps, STEPS)) - 1
     last = tl.min(tl.where(fraction - deviation >= p, steps, STEPS)) + 1
+    # Where few ids carry the mass the sample says little about the spread, and candidates are cheap.
+    ranks = tl.cumsum(number)
+    middle = tl.sum(tl.where(fraction < p, number, 0.0))
+    first = tl.minimum(first, tl.min(tl.where(ranks >= middle - MARGIN, steps, STEPS)))
+    last = tl.maximum(last, tl.min(tl.where(ranks >= middle + MARGIN, steps, STEPS)))
     high = tl.where(first > 0, top - first / per_step, float("inf"))
     low = tl.maximum(top - (last + 1) / per_step, top - span)
     return low, high, tl.sum(tl.where((steps >= first) & (steps <= last), number, 0.0))

@@ -6,6 +6,9 @@ narrow    one pass, for rows at top-p whose bounds hold many ids: tighter bounds
 gather    one pass: masses of the tiles above, candidates in between (top-k reads only the tiles that hold some)
 cut       one program a row: the exact cut among the candidates
 draw      one program a row: the id
+
+Bounds steer only the speed. Where they miss the cut, hold more than CAPACITY ids, or top-k exceeds the number of tiles, the
+row's one program searches the whole row: exact, but many times slower.
 """
 
 import torch
@@ -18,7 +21,8 @@ from penstock.ops.sampling.sample_row_triton import bracket_kernel, cut_kernel, 
 
 TILE = 128
 MAX_TILES = 2048
-BLOCK = 2048
+BLOCK = 1024
+PROGRAMS_PER_SM = 8
 CHUNK = 1024
 CAPACITY = 8192
 
@@ -47,7 +51,7 @@ def launch(
     tiles = max(1, BLOCK // tile)
     shape = {"PADDED_TILES": padded_tiles, "TILE": tile}
     all_blocks = triton.cdiv(padded_tiles, tiles)
-    splits = min(all_blocks, max(1, triton.cdiv(4 * num_sms(device), B)))
+    splits = min(all_blocks, max(1, triton.cdiv(PROGRAMS_PER_SM * num_sms(device), B)))
     blocks = triton.cdiv(all_blocks, splits)
     grid = (B, triton.cdiv(all_blocks, blocks))
     row = (V, logits.stride(0))
@@ -97,7 +101,7 @@ def launch(
             *row,
             blocks,
             BLOCK=tiles * tile,
-            num_warps=8,
+            num_warps=4,
             enable_fp_fusion=False,
         )
     scan.gather_kernel[grid](
@@ -119,7 +123,7 @@ def launch(
         held,
         TILES=tiles,
         **shape,
-        num_warps=8,
+        num_warps=4,
         enable_fp_fusion=False,
     )
     if cuts:
@@ -141,7 +145,7 @@ def launch(
             held,
             CHUNK=CHUNK,
             **shape,
-            num_warps=8,
+            num_warps=4,
             enable_fp_fusion=False,
         )
     draw_kernel[(B,)](
