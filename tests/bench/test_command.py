@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
 from typer.testing import CliRunner
 
 from penstock.bench.cli import app
@@ -35,15 +33,3 @@ def test_the_session_survives_an_operator_that_crashes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "no_such_operator: no numbers, exit status 2" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"operators.json", "session.log", "summary.txt"}
-
-
-@pytest.mark.slow
-def test_engine_against_transformers(tmp_path):
-    pytest.importorskip("transformers")
-    done = CliRunner().invoke(app, ["engine", "--device", "cpu", "--quick", "--output", str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    document = json.loads((tmp_path / "engine.json").read_text())
-    assert document["without"] == {}
-    assert [row["contestant"] for row in document["rows"]][:2] == ["penstock", "transformers"]
-    assert document["rows"][1]["ratios"].keys() == {"tokens per second", "time to first token", "decode step"}
-    assert torch.get_num_threads() == document["environment"]["threads"]
