@@ -158,9 +158,6 @@ class LLM:
                 output = self._next(name)
                 finished = output.finished
                 yield output
-        except KeyboardInterrupt:
-            self.engine.abort_all()
-            raise
         finally:
             del self._inboxes[name]
             self.engine.abort(name)

@@ -45,6 +45,10 @@ class Runner:
 
     def __init__(self, spec: ModelSpec, weights: Weights, config: EngineConfig, *, record: Record | None = None):
         device, dtype = weights.embedding.device, weights.embedding.dtype
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if (config.max_model_len or 0) > spec.max_context:
+            raise ModelError(f"max_model_len {config.max_model_len} is more than the {spec.max_context} positions of the model")
         limits = {"max_num_seqs": config.max_num_seqs}
         given = config.kv_cache_bytes
         available = given or available_memory(
@@ -77,6 +81,9 @@ class Runner:
         limit = 4 * config.max_num_batched_tokens + 8 * config.max_num_seqs + 8
         self._staging = torch.empty(limit, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._host: np.ndarray = self._staging.numpy()
+        self._columns: dict[int, _Columns] = {}
+        self._gathered_slots: list[int] = []
+        self._gathered_pages = self._pages
         self._graphs: DecodeGraphs | None = None
         if record is not None or (device.type == "cuda" and not config.enforce_eager):
             with torch.inference_mode():
@@ -95,14 +102,19 @@ class Runner:
         sampled = [*plan.decodes, *(work for work in plan.prefills if work.sample)]
         if not plan.decodes and not plan.prefills:
             return StepResult({}, {})
-        if self._graphs is not None and not plan.prefills and len(updates) <= len(plan.decodes):
-            logits = self._replay(plan.decodes, updates)
-        else:
+        if plan.prefills:
             self._write_pages(updates)
             hidden = self._forward(plan)
             if not sampled:
+                if self.device.type == "cuda":  # the staging buffer is still being read
+                    torch.cuda.current_stream().synchronize()
                 return StepResult({}, {})
             logits = self.decoder.logits(hidden)
+        elif self._graphs is not None and len(updates) <= len(plan.decodes):
+            logits = self._replay(plan.decodes, updates)
+        else:
+            self._write_pages(updates)
+            logits = self._decode(plan.decodes, updates)
         slots = [work.slot for work in sampled]
         token_ids, logprobs = self.sampler.sample(logits, slots, [work.num_output for work in sampled])
         return StepResult(dict(zip(slots, token_ids, strict=True)), logprobs)
@@ -135,8 +147,28 @@ class Runner:
         pages = self._host_pages[rows, positions >> self._page_bits]
         return (pages << self._page_bits) + (positions & (self.page_size - 1))
 
+    def _decode(self, decodes: Sequence[Work], updates: list[tuple[int, int]]) -> Tensor:
+        """Logits [n, V] of a step of decodes alone; what can be kept from the last step is."""
+        columns = self._columns.get(len(decodes))
+        if columns is None:
+            columns = self._columns[len(decodes)] = _Columns(len(decodes), self.device)
+        slots = [work.slot for work in decodes]
+        self._fill_decodes(decodes, columns.values[:3], columns.values[3:])
+        token_ids, positions, kv_slots, seqlens, rows = columns.upload()
+        width = self._width(int(columns.values[3].max()))
+        if updates or self._gathered_slots != slots or self._gathered_pages.shape[1] != width:
+            self._gathered_pages = self._pages[:, :width].index_select(0, rows)
+            self._gathered_slots = slots
+        plan = self.decoder.plan(seqlens, self.page_size)
+        batch = Batch(positions, kv_slots, self._gathered_pages, seqlens, len(decodes), decode_plan=plan)
+        return self.decoder.logits(self.decoder.forward(token_ids, batch))
+
+    def _width(self, longest: int) -> int:
+        """Columns of the page table that a step needs, rounded up: few distinct shapes, so that checks are remembered."""
+        return min(self.max_pages, 1 << (-(-longest // self.page_size) - 1).bit_length())
+
     def _forward(self, plan: StepPlan) -> Tensor:
-        """Hidden states [n, H] of the tokens that are sampled from; decode rows first, then prefill chunks."""
+        """Hidden states [n, H] of the tokens that are sampled from, in a step with prefill chunks."""
         decodes, prefills = plan.decodes, plan.prefills
         num_decodes, num_tokens = len(decodes), plan.num_tokens
         num_requests = num_decodes + len(prefills)
@@ -152,9 +184,9 @@ class Runner:
         cu_seqlens[0] = 0
         for i, work in enumerate(prefills):
             length = len(work.token_ids)
-            positions = np.arange(work.start, work.start + length)
+            where = np.arange(work.start, work.start + length)
             chunk = tokens[:, at : at + length]
-            chunk[0], chunk[1], chunk[2] = work.token_ids, positions, self._kv_slots(work.slot, positions)
+            chunk[0], chunk[1], chunk[2] = work.token_ids, where, self._kv_slots(work.slot, where)
             requests[:, num_decodes + i] = work.start + length, work.slot
             at += length
             cu_seqlens[i + 1] = at - num_decodes
@@ -162,7 +194,8 @@ class Runner:
             if work.sample:
                 last[num_sampled] = at - 1
                 num_sampled += 1
-        width = min(self.max_pages, _power_of_two(-(-int(requests[0].max()) // self.page_size)))
+        width = self._width(int(requests[0].max()))
+        self._gathered_slots = []
 
         packed = self._staging[: ends[3]].to(self.device, non_blocking=True)
         token_ids, positions, kv_slots = packed[: ends[0]].view(3, num_tokens).unbind(0)
@@ -173,12 +206,12 @@ class Runner:
             page_table=self._pages[:, :width].index_select(0, rows),
             seqlens_k=seqlens,
             num_decodes=num_decodes,
-            cu_seqlens_q=packed[ends[1] : ends[2]] if prefills else None,
+            cu_seqlens_q=packed[ends[1] : ends[2]],
             max_seqlen_q=longest_q,
             decode_plan=self.decoder.plan(seqlens[:num_decodes], self.page_size) if decodes else None,
         )
         hidden = self.decoder.forward(token_ids, batch)
-        return hidden.index_select(0, packed[ends[2] : ends[2] + num_sampled]) if prefills else hidden
+        return hidden.index_select(0, packed[ends[2] : ends[2] + num_sampled])
 
     def _replay(self, decodes: Sequence[Work], updates: list[tuple[int, int]]) -> Tensor:
         """Logits [n, V] of a step of decodes alone, by the recorded step of the next larger size."""
@@ -222,6 +255,17 @@ def resolve_dtype(name: str, spec: ModelSpec) -> torch.dtype:
     return dtypes[name]
 
 
-def _power_of_two(number: int) -> int:
-    """The next power of two: few distinct shapes, so that checks and compiled code are remembered."""
-    return 1 << (number - 1).bit_length()
+class _Columns:
+    """The inputs of a decode step of n rows, [5, n] int32: token id, position, KV slot, length, row of the page table."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.host = torch.empty((5, rows), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.on_device = self.host.to(device)  # on a CPU they are one
+        self.values: np.ndarray = self.host.numpy()
+        self.fields = self.on_device.unbind(0)
+
+    def upload(self) -> tuple[Tensor, ...]:
+        """The five rows on the device, as filled on the host."""
+        if self.on_device is not self.host:
+            self.on_device.copy_(self.host, non_blocking=True)
+        return self.fields

@@ -67,6 +67,10 @@ class Sampler:
             slots: the slot of each row.
             num_outputs: tokens each row has emitted.
         """
+        if not (self._drawn or self._penalised or self._held or self._reported):
+            if logits.is_cuda:
+                return logits.argmax(-1).tolist(), {}
+            return logits.numpy().argmax(-1).tolist(), {}  # several times as fast as torch's on a CPU
         if slots != self._rows:
             self._gather(slots)
         reported = [row for row, slot in enumerate(slots) if slot in self._reported] if self._reported else []
@@ -138,7 +142,8 @@ class Sampler:
 
     def _hold(self, logits: Tensor, slots: list[int], num_outputs: list[int]) -> None:
         """Before a request has its min_tokens, the tokens that would end it cannot be drawn."""
-        rows, tokens = [], []
+        rows: list[int] = []
+        tokens: list[int] = []
         for row, (slot, emitted) in enumerate(zip(slots, num_outputs, strict=True)):
             if slot in self._held and emitted < self.params[slot].min_tokens:
                 params = self.params[slot]

@@ -243,6 +243,8 @@ class Scheduler:
         The youngest itself gets 0 and waits in place: the older take its pages when they need them, and if they end
         first nothing is computed twice.
         """
+        if count <= len(request.pages) * self.config.page_size - request.num_computed:
+            return count  # most decodes: the last page has room
         while count > 0:
             room = (len(request.pages) + self._pages.num_free) * self.config.page_size - request.num_computed
             if room > 0:
@@ -285,8 +287,10 @@ class Scheduler:
     def _work(self, request: _Request, count: int) -> Work:
         start, stop = request.num_computed, request.num_computed + count
         page_index = len(request.pages)
-        new_pages = self._pages.allocate(request.request_id, -(-stop // self.config.page_size) - page_index)
-        request.pages += new_pages
+        new_pages: list[int] = []
+        if stop > page_index * self.config.page_size:
+            new_pages = self._pages.allocate(request.request_id, -(-stop // self.config.page_size) - page_index)
+            request.pages += new_pages
         sample = stop == len(request.tokens)
         return Work(request.slot, request.tokens[start:stop], start, page_index, new_pages, sample, request.num_output)
 

@@ -131,17 +131,16 @@ class IncrementalDetokenizer:
             return self.flush()  # a decoder that rewrote earlier text: go on from what it says now
         if text is None:
             return self.flush() if len(self._pending) >= self.HELD else ""
-        self._context, self._pending = self._pending, []
+        self._pending = []
         return text
 
     def flush(self) -> str:
         """Whatever is still held, incomplete characters as U+FFFD."""
         if not self._pending:
             return ""
-        before = self._decode(self._context)
-        text = self._decode(self._context + self._pending)
+        text = self._decode(self._pending)
         self._open(self._pending)
-        return text[len(before) :]
+        return text
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
@@ -150,7 +149,6 @@ class IncrementalDetokenizer:
         """Begin anew after these tokens, which must end in a whole character or are not looked at."""
         if self._decode(context).endswith(REPLACEMENT):
             context = []
-        self._context = context
         self._pending = []
         self._stream = DecodeStream(ids=list(context), skip_special_tokens=self._skip_special_tokens)
 
@@ -168,13 +166,15 @@ class StopScanner:
 
     def feed(self, text: str) -> tuple[str, str | None]:
         """The text that may be shown, and the stop string once one was found (nothing may be fed after that)."""
+        if not self._stop:
+            return text, None
         text = self._held + text
         ends = [(at + len(stop), -len(stop), stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
             end, _, stop = min(ends)
             self._held = ""
             return text[:end] if self._include else text[: end - len(stop)], stop
-        longest = min(len(text), len(self._stop[0]) - 1) if self._stop else 0
+        longest = min(len(text), len(self._stop[0]) - 1)
         held = next((size for size in range(longest, 0, -1) if self._may_begin(text[-size:])), 0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], None

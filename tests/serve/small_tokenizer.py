@@ -1,7 +1,7 @@
 """Small tokenizers, trained in a moment: byte-level as GPT's, and SentencePiece-like with byte fallback as Llama's."""
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from penstock.serve.text import Tokenizer
@@ -16,8 +16,11 @@ CHAT = (
 )
 
 
-def byte_level(chat_template: str | None = None) -> Tokenizer:
-    """Every text can be encoded, any bytes can be sampled; <eos> is token 0 and <pad> token 1."""
+def byte_level(chat_template: str | None = None, *, begin: bool = False) -> Tokenizer:
+    """Every text can be encoded, any bytes can be sampled; <eos> is token 0 and <pad> token 1.
+
+    With `begin` every text is encoded with <pad> before it, as by tokenizers that add a begin token.
+    """
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -26,6 +29,8 @@ def byte_level(chat_template: str | None = None) -> Tokenizer:
         vocab_size=320, special_tokens=["<eos>", "<pad>"], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(CORPUS, trainer)
+    if begin:
+        backend.post_processor = processors.TemplateProcessing("<pad> $A", special_tokens=[("<pad>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
     tokenizer.chat_template = chat_template
     return Tokenizer(tokenizer)

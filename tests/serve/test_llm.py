@@ -163,6 +163,13 @@ def test_chat_renders_encodes_and_answers():
     assert llm.chat(message, chat_template="{{ x }}", chat_template_kwargs={"x": "y"})[0].prompt == "y"
 
 
+def test_the_template_brings_its_own_begin_token():
+    tokenizer = byte_level(CHAT, begin=True)
+    llm = LLM("unused", tokenizer=tokenizer, runner=SimulatedRunner(vocab_size=320))
+    assert llm.generate("hello")[0].prompt_token_ids[0] == 1
+    assert llm.chat([{"role": "user", "content": "hello"}])[0].prompt_token_ids[0] != 1
+
+
 def test_every_bad_conversation_is_named():
     good = [{"role": "user", "content": "hello"}]
     with pytest.raises(InvalidPrompt) as caught:
@@ -197,6 +204,20 @@ def test_an_interrupted_generate_leaves_nothing_behind(error, monkeypatch):
     assert last.outputs[0].finish_reason == ("abort" if error is KeyboardInterrupt else "error")
     assert len(llm.generate("a", SamplingParams(max_tokens=3))[0].outputs[0].token_ids) == 3
     assert llm._inboxes == {}
+
+
+def test_an_interruption_between_two_steps_leaves_nothing_behind(monkeypatch):
+    llm = build()
+    with monkeypatch.context() as patch:
+
+        def interrupted(bar, done):
+            raise KeyboardInterrupt
+
+        patch.setattr("penstock.serve.llm._Bar.show", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["a", "b"], SamplingParams(max_tokens=40))
+    assert llm.engine.scheduler.num_free_pages == 64 and llm.engine.scheduler.num_running == 0
+    assert len(llm.generate("a", SamplingParams(max_tokens=3))[0].outputs[0].token_ids) == 3
 
 
 def test_the_bar_is_on_stderr_and_only_where_asked(capsys):

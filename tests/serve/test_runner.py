@@ -161,6 +161,8 @@ def test_an_empty_plan_and_a_plan_that_samples_nothing():
 
 
 def test_load_errors(monkeypatch):
+    with pytest.raises(ModelError, match="max_model_len 129 is more than the 128 positions"):
+        make_runner(max_model_len=129)
     with pytest.raises(ModelError, match="float8"):
         resolve_dtype("auto", ModelSpec("LlamaForCausalLM", 61, 32, (LAYER,), (ROPE,), 128, 1e-5, dtype="float8_e4m3fn"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

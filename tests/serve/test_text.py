@@ -57,8 +57,8 @@ def test_special_tokens_are_left_out_unless_asked_for():
 
 def test_bytes_that_never_become_a_character_are_not_held_for_ever():
     lone = BYTES.encode("🙂")[1]
-    got = pieces(BYTES, [lone] * 200)
-    assert "".join(got) == "\ufffd" * 200
+    got = pieces(BYTES, [lone] * 200 + BYTES.encode("stop"))
+    assert "".join(got) == "\ufffd" * 200 + "stop"
     assert any(got[: IncrementalDetokenizer.HELD])
 
 
@@ -140,6 +140,11 @@ def test_a_saved_tokenizer_is_loaded(tmp_path):
     token_ids = tokenizer.encode("the turbine é")
     assert token_ids == BYTES.encode("the turbine é") and tokenizer.decode(token_ids) == "the turbine é"
     assert tokenizer.eos_token_ids == (0,) and WORDS.eos_token_ids == ()
+
+
+def test_a_begin_token_is_added_unless_told_otherwise():
+    tokenizer = byte_level(begin=True)
+    assert tokenizer.encode("stop") == [1, *tokenizer.encode("stop", add_special_tokens=False)]
 
 
 def test_a_tokenizer_that_is_absent_or_unreadable_says_so(tmp_path):

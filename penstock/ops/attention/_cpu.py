@@ -33,11 +33,14 @@ def softmax_attention(
         scores = scores.masked_fill_(~visible, float("-inf"))
     highest = scores.amax(-1, keepdim=True)
     dead = highest == float("-inf")
+    if sinks is not None:
+        sinks = sinks.to(wide).view(Hkv, group, 1, 1)
+        highest = torch.maximum(highest, sinks)
     highest = highest.masked_fill_(dead, 0)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
-        total += torch.exp(sinks.to(wide).view(Hkv, group, 1, 1) - highest)
+        total += torch.exp(sinks - highest)
     out = (weights.view(B, Hkv, group * n, -1) @ v.to(wide)).view(B, Hkv, group, n, -1) / total.masked_fill(dead, 1)
     lse = (highest + total.log()).masked_fill_(dead, float("-inf"))
     return out, lse[..., 0]

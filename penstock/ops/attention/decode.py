@@ -144,6 +144,27 @@ def _baseline(
     return _over_requests(_reference.naive, q, k_cache, v_cache, page_table, seqlens_k, q_len, options)
 
 
+def _supports(k_cache: Tensor, **others: object) -> str | None:
+    return _options.page_size_reason(k_cache)
+
+
+@attention_decode.impl("triton", needs=("triton",), supports=_supports)
+def _triton(
+    out: Tensor,
+    out_lse: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seqlens_k: Tensor,
+    q_len: int,
+    *options_and_plan: Any,
+) -> None:
+    from penstock.ops.attention.decode_triton import launch
+
+    launch(out, out_lse, q, k_cache, v_cache, page_table, seqlens_k, q_len, *options_and_plan)
+
+
 @attention_decode.impl("cpu", needs=("cpu",))
 def _cpu_path(
     out: Tensor,

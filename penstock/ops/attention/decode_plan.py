@@ -139,6 +139,24 @@ def _reference(
     return tile_start.int(), first_tile.int(), first_request.int()
 
 
+@attention_decode_plan.impl("triton", needs=("triton",))
+def _triton(
+    tile_start: Tensor,
+    first_tile: Tensor,
+    first_request: Tensor,
+    seqlens_k: Tensor,
+    num_heads_q: int,
+    num_heads_kv: int,
+    head_dim: int,
+    page_size: int,
+    q_len: int,
+    window_left: int,
+) -> None:
+    from penstock.ops.attention.decode_plan_triton import launch
+
+    launch(tile_start, first_tile, first_request, seqlens_k, q_len, window_left)
+
+
 @attention_decode_plan.cost
 def _cost(seqlens_k: Tensor, **options: object) -> Cost:
     return Cost(bytes=3 * nbytes(seqlens_k))

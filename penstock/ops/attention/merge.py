@@ -46,6 +46,13 @@ def _reference(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(weights > 0, weights * outs.to(wide), 0).sum(0).to(outs.dtype), lse
 
 
+@merge_attention.impl("triton", needs=("triton",))
+def _triton(out: Tensor, out_lse: Tensor, outs: Tensor, lses: Tensor) -> None:
+    from penstock.ops.attention.merge_triton import launch
+
+    launch(out, out_lse, outs, lses)
+
+
 @merge_attention.impl("cpu", needs=("cpu",))
 def _cpu(out: Tensor, out_lse: Tensor, outs: Tensor, lses: Tensor) -> None:
     merged, lse = _reference(outs, lses)

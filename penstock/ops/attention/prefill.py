@@ -135,6 +135,22 @@ def _baseline(
     return _reference.over_requests(_reference.naive, q, requests, v.shape[2], *options)
 
 
+@attention_prefill.impl("triton", needs=("triton",), instructions=("HGMMA",))
+def _triton(
+    out: Tensor,
+    out_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *options: Any,
+) -> None:
+    from penstock.ops.attention.prefill_triton import launch
+
+    launch(out, out_lse, q, k, v, None, cu_seqlens_q, cu_seqlens_k, *options)
+
+
 @attention_prefill.impl("cpu", needs=("cpu",))
 def _cpu_path(
     out: Tensor,

@@ -151,6 +151,32 @@ def _baseline(
     return _reference.over_requests(_reference.naive, q, requests, v_cache.shape[3], *options)
 
 
+def _supports(k_cache: Tensor, **others: object) -> str | None:
+    return _options.page_size_reason(k_cache)
+
+
+@attention_prefill_paged.impl("triton", needs=("triton",), supports=_supports, instructions=("HGMMA",))
+def _triton(
+    out: Tensor,
+    out_lse: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None,
+    *options: Any,
+) -> None:
+    from penstock.ops.attention.prefill_triton import launch
+
+    if max_seqlen_k is None:
+        max_seqlen_k = page_table.shape[1] * k_cache.shape[1]
+    tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
+    launch(out, out_lse, *tensors, max_seqlen_q, max_seqlen_k, *options)
+
+
 @attention_prefill_paged.impl("cpu", needs=("cpu",))
 def _cpu_path(
     out: Tensor,

@@ -49,6 +49,8 @@ def gather_kv(
     launch = gather_kv.pick(impl, cache, page_table, seqlens, cu_seqlens, out)
     if out is None:
         total = int(cu_seqlens[-1]) if total is None else total
+        if total < 0:
+            raise gather_kv.contract.error("total", f"must be an integer >= 0, got {total}", {"cu_seqlens": cu_seqlens})
         out = cache.new_empty(total, cache.shape[2], cache.shape[3])
     elif total is not None and total != out.shape[0]:
         raise gather_kv.contract.error("total", f"must be {out.shape[0]}, the rows of out, got {total}", {"out": out})

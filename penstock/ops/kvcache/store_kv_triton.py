@@ -29,8 +29,9 @@ def _divide(x, divisor):
     reciprocal = tl.div_rn(1.0, divisor)
     quotient = x * reciprocal
     corrected = tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
-    # Far beyond the largest FP8 number the remainder may be no number; there the quotient saturates as it is.
-    return tl.where(tl.abs(quotient) < 512.0, corrected, quotient)
+    # Where FP8 saturates or rounds to zero the quotient will do, and the remainder may be no number, or lose the sign of zero.
+    magnitude = tl.abs(quotient)
+    return tl.where((magnitude > 0.000244140625) & (magnitude < 512.0), corrected, quotient)
 
 
 @triton.jit

@@ -55,8 +55,8 @@ def rope(
         named = {"q": q, "k": k, "cos_sin": cos_sin}
         fault = f"must be [max_position, R] with R <= D={q.shape[2]}, got {list(cos_sin.shape)}"
         raise rope.contract.error("cos_sin", fault, named)
-    out_q = q.new_empty(q.shape) if out_q is None else out_q
-    out_k = k.new_empty(k.shape) if out_k is None else out_k
+    out_q = torch.empty_like(q) if out_q is None else out_q
+    out_k = torch.empty_like(k) if out_k is None else out_k
     launch(out_q, out_k, q, k, cos_sin, positions, interleaved)
     return out_q, out_k
 

@@ -50,9 +50,8 @@ def weigh(logits: Tensor, largest: Tensor | float, scale: Tensor | float) -> Ten
 
 
 def at_least(fraction: float, mass: int) -> int:
-    """The smallest integer that is no less than fraction · mass, computed exactly; at least 1."""
-    numerator, denominator = fraction.as_integer_ratio()
-    return max(1, -(-mass * numerator // denominator))
+    """The smallest integer >= fraction · mass, and at least 1; the fraction counts in steps of 2**-63."""
+    return max(1, -(-mass * int(fraction * 2.0**63) >> 63))
 
 
 def draw(bits: int, mass: int) -> int:

@@ -148,7 +148,7 @@ def cases() -> Iterable[Case]:
 
         return Case(name, build, bench)
 
-    rows: dict[str, object] = {"repetition": [1.0, 1.3, 0.8], "presence": [0.0, 0.5, -1.0], "frequency": [0.0, 0.25, 2.0]}
+    rows: dict[str, Any] = {"repetition": [1.0, 1.3, 0.8], "presence": [0.0, 0.5, -1.0], "frequency": [0.0, 0.25, 2.0]}
     yield case("rows_ragged", 3, 1000, **rows)
     yield case("rows_float32_no_prompt", 3, 257, dtype=torch.float32, prompt=False, **rows)
     yield case("scalars_float16_uint8", 4, 4096, dtype=torch.float16, counts=torch.uint8, repetition=1.1, frequency=0.3)

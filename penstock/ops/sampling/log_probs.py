@@ -119,7 +119,9 @@ def _cpu(chosen: Tensor, ranks: Tensor, top_ids: Tensor, top: Tensor, logits: Te
     if top_n:
         # float64 logits may differ where float32 keys agree.
         best = (
-            best_ids(wide, top_n) if wide.dtype == torch.float32 else wide.argsort(1, descending=True, stable=True)[:, :top_n]
+            best_ids(wide, top_n)
+            if wide.dtype == torch.float32
+            else wide.argsort(dim=1, descending=True, stable=True)[:, :top_n]
         )
         top_ids.copy_(best)
         top.copy_(wide.gather(1, best) - total[:, None])

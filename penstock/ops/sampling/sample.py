@@ -138,6 +138,13 @@ def _reference(
     return torch.tensor(ids, dtype=torch.int32)
 
 
+@sample.impl("triton", needs=("triton",))
+def _triton(out: Tensor, *arguments: Any) -> None:
+    from penstock.ops.sampling.sample_triton import launch
+
+    launch(out, *arguments)
+
+
 @sample.impl("cpu", needs=("cpu",))
 def _cpu(out: Tensor, *arguments: Any) -> None:
     from penstock.ops.sampling.sample_cpu import launch
@@ -180,7 +187,7 @@ def cases() -> Iterable[Case]:
 
         return Case(name, build, bench)
 
-    mixed = {
+    mixed: dict[str, Any] = {
         "temperature": ([0.0, 0.7, 1.0, 1.0, 1.3, 1e-4, 1e4, 1.0], torch.float32),
         "top_k": ([5, 0, 1, 40, 0, 7, 3, 0], torch.int32),
         "top_p": ([0.9, 1.0, 0.5, 0.8, 0.9, 1.0, 0.7, 1e-6], torch.float32),

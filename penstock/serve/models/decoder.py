@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, split_with_sizes
 from torch.nn.functional import embedding, linear
 
 from penstock.ops import (
@@ -171,7 +171,7 @@ class DecoderLayer:
         """Attention output [T, Hq·D] before the output projection; stores the new keys and values."""
         own, total = self.weights, hidden.shape[0]
         heads = linear(hidden, own.qkv, own.qkv_bias).view(total, -1, self.spec.head_dim)
-        q, k, v = heads.split(self.head_split, dim=1)
+        q, k, v = split_with_sizes(heads, self.head_split, 1)
         if own.q_norm is not None and own.k_norm is not None:
             rms_norm(q, own.q_norm, eps=self.eps, weight_offset=self.offset, out=q)
             rms_norm(k, own.k_norm, eps=self.eps, weight_offset=self.offset, out=k)

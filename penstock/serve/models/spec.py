@@ -73,6 +73,16 @@ class ModelSpec:
         return ARCHITECTURES[name](name, config)
 
     @property
+    def max_context(self) -> int:
+        """Positions that the model can be asked for: those of its config, times what its rotary scaling adds."""
+        longest = self.max_position_embeddings
+        for rope in self.ropes:
+            if rope.parameters["rope_type"] in ("linear", "dynamic", "yarn"):
+                trained = rope.parameters.get("original_max_position_embeddings", self.max_position_embeddings)
+                longest = max(longest, int(trained * rope.parameters["factor"]))
+        return longest
+
+    @property
     def num_parameters(self) -> int:
         """Weights in the checkpoint, norms and biases included."""
         total = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size

@@ -16,7 +16,7 @@ PROMPTS = [torch.randint(3, 199, (length,), generator=torch.Generator().manual_s
 class Session:
     """A few requests with their own pages, computed in whatever pieces a test likes."""
 
-    def __init__(self, directory, dtype, page_size=PAGE, requests=len(LENGTHS), longest=48):
+    def __init__(self, directory, dtype, page_size=PAGE, requests=3, longest=48):
         spec = read_spec(directory)
         weights = load_weights(directory, spec, dtype=dtype)
         self.page_size, pages = page_size, -(-longest // page_size)

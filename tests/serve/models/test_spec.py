@@ -109,6 +109,12 @@ def test_older_rope_scaling_calls_the_type_type(write):
     assert spec.ropes[0].parameters["rope_type"] == "linear"
 
 
+def test_scaling_that_the_user_adds_lengthens_the_context(write):
+    assert read_spec(write(LLAMA_31_8B)).max_context == 131072
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert read_spec(write(LLAMA_31_8B, rope_scaling=scaling, max_position_embeddings=32768)).max_context == 131072
+
+
 def test_older_gemma3_config_object_scales_only_the_global_layers():
     raw = {**GEMMA_3_1B, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     spec = ModelSpec.from_config(SimpleNamespace(**{**raw, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}))

@@ -1,0 +1,56 @@
+"""Device functions that the attention kernels share: softcap, one step of the online softmax, its end, addresses of pages."""
+
+import triton
+import triton.language as tl
+
+LOG2E = 1.4426950408889634
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tanh(x):
+    """(1 - e) / (1 + e) with e = exp(-2|x|); near zero, where that cancels, the series."""
+    square = x * x
+    series = x * (
+        1.0 + square * (-0.33333333333 + square * (0.13333333333 + square * (-0.05396825397 + square * 0.02186948854)))
+    )
+    small = tl.exp2(tl.abs(x) * -2.8853900817779268)
+    whole = (1.0 - small) / (1.0 + small)
+    return tl.where(square < 0.04, series, tl.where(x < 0, -whole, whole))
+
+
+@triton.jit
+def rescale(s, m, score_scale, MASKED: tl.constexpr):
+    """(weights of the scores s, factor of what was summed before, new maximum), in base 2 against the running maximum.
+
+    MASKED: a row may have seen nothing yet; -inf - -inf is kept away.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1) * score_scale)
+    base = m_new
+    if MASKED:
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s * score_scale - base[:, None])
+    alpha = tl.exp2(m - base)
+    return p, alpha, m_new
+
+
+@triton.jit
+def finish(acc, m, l, sink, HAS_SINKS: tl.constexpr):
+    """(acc / l, log2 of the denominator); zero and -inf for rows that saw no key. sink is in base 2."""
+    dead = m == float("-inf")
+    if HAS_SINKS:
+        highest = tl.maximum(m, sink)
+        shrink = tl.exp2(m - highest)
+        l = tl.where(dead, 0.0, l * shrink + tl.exp2(sink - highest))
+        acc = acc * shrink[:, None]
+        m = tl.where(dead, m, highest)
+    acc = acc / tl.where(dead, 1.0, l)[:, None]
+    lse = tl.where(dead, float("-inf"), m + tl.log2(tl.where(dead, 1.0, l)))
+    return acc, lse
+
+
+@triton.jit
+def page_rows(table, keys, inside, page_stride, slot_stride, PAGE_SIZE: tl.constexpr):
+    """64-bit offsets of keys, one look-up a key, for pages smaller than a block."""
+    page = tl.load(table + keys // PAGE_SIZE, inside, other=0)
+    return page.to(tl.int64) * page_stride, (keys % PAGE_SIZE) * slot_stride

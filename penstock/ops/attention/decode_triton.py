@@ -1,0 +1,425 @@
+"""Split-KV decode: equal runs of KV tiles to a fixed number of programs, then one fixed-order sum of their pieces.
+
+All query heads of one KV head, times q_len, are the rows of one matrix: the keys are read once for all of them. A program walks
+its run of tiles request by request. A request that lies in one run is finished there; of the others each run leaves a piece, a
+normalised result with its log-sum-exp, in one of the program's two scratch slots: a run can only begin in the middle of one
+request (slot 2c) and end in the middle of one (slot 2c+1). The second kernel adds a request's pieces in the order of its keys.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, tanh
+from penstock.ops.attention.decode_plan import MAX_ROWS, TILE, attention_decode_plan, row_blocks
+
+# Up to this many keys a request is one program's work: a schedule and a second kernel would cost more than they spread.
+DIRECT_KEYS = 256
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Launch configuration: keys of a block (at most a tile), warps, and stages of the load pipeline."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_config(dtype: torch.dtype, D: int, Dv: int, rows: int) -> DecodeConfig:
+    """The configuration for a call; `candidates` lists what a tuner may try instead."""
+    width = max(triton.next_power_of_2(D), triton.next_power_of_2(Dv)) * dtype.itemsize
+    if width > 512:
+        return DecodeConfig(16, 4, 2)
+    if width > 256:
+        return DecodeConfig(32, 4, 3)
+    return DecodeConfig(TILE, 4, 3)
+
+
+def candidates(dtype: torch.dtype, D: int, Dv: int, rows: int) -> list[DecodeConfig]:
+    """Configurations that leave room for two programs on a multiprocessor."""
+    row_bytes = (triton.next_power_of_2(D) + triton.next_power_of_2(Dv)) * dtype.itemsize
+    return [
+        DecodeConfig(block_n, num_warps, stages)
+        for block_n in (16, 32, TILE)
+        for num_warps in (2, 4, 8)
+        for stages in (2, 3, 4, 5)
+        if stages * block_n * row_bytes <= 100_000
+    ]
+
+
+@triton.jit
+def _walk(
+    q,
+    k_base,
+    v_base,
+    table,
+    k_page,
+    k_slot,
+    v_page,
+    v_slot,
+    own,
+    k_len,
+    low,
+    left,
+    right,
+    cap_scale,
+    score_scale,
+    first,
+    last,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    ROWS_DIFFER: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(acc, m, l) over the blocks of keys first..last-1 of one request; `own` is the key that each row stands on."""
+    steps = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    v_columns = tl.arange(0, BLOCK_DV)[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    # The sum over keys waits until the end: one reduction across warps less in each step.
+    weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for block in tl.range(first, last):
+        start = block * BLOCK_N
+        keys = start + steps
+        inside = keys < k_len
+        if HAS_LEFT:
+            inside = inside & (keys >= low)
+        if PAGE_SIZE >= BLOCK_N:
+            page = tl.load(table + start // PAGE_SIZE).to(tl.int64)
+            offset = start % PAGE_SIZE
+            k_at = k_base + page * k_page + offset * k_slot + steps[:, None] * k_slot + columns
+            v_at = v_base + page * v_page + offset * v_slot + steps[:, None] * v_slot + v_columns
+        else:
+            pages = tl.load(table + keys // PAGE_SIZE, inside, other=0).to(tl.int64)
+            slots = keys % PAGE_SIZE
+            k_at = k_base + (pages * k_page + slots * k_slot)[:, None] + columns
+            v_at = v_base + (pages * v_page + slots * v_slot)[:, None] + v_columns
+        k = tl.load(k_at, inside[:, None] & (columns < D), other=0.0)
+        v = tl.load(v_at, inside[:, None] & (v_columns < DV), other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if HAS_CAP:
+            s = tanh(s * cap_scale)
+        visible = inside[None, :]
+        if ROWS_DIFFER:
+            if HAS_LEFT:
+                visible = visible & (keys[None, :] >= (own - left)[:, None])
+            if HAS_RIGHT:
+                visible = visible & (keys[None, :] <= (own + right)[:, None])
+        s = tl.where(visible, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * score_scale)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s * score_scale - base[:, None])
+        alpha = tl.exp2(m - base)
+        m = m_new
+        weights = weights * alpha[:, None] + p
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, m, tl.sum(weights, 1)
+
+
+@triton.jit(do_not_specialize=["num_requests", "left", "right"])
+def _decode_kernel(
+    out_ptr,
+    lse_ptr,
+    part_ptr,
+    part_lse_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    seqlens_ptr,
+    sinks_ptr,
+    tile_start_ptr,
+    first_tile_ptr,
+    first_request_ptr,
+    out_token,
+    out_head,
+    q_token,
+    q_head,
+    k_page,
+    k_slot,
+    k_head,
+    v_page,
+    v_slot,
+    v_head,
+    table_row,
+    num_requests,
+    left,
+    right,
+    cap_scale,
+    score_scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    Q_LEN: tl.constexpr,
+    DIRECT: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    program = tl.program_id(1)
+    ROWS: tl.constexpr = GROUP * Q_LEN
+    PER_TILE: tl.constexpr = TILE // BLOCK_N
+    rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = rows < ROWS
+    heads = kv_head * GROUP + rows % GROUP
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    v_columns = tl.arange(0, BLOCK_DV)[None, :]
+    k_base = k_ptr + kv_head.to(tl.int64) * k_head
+    v_base = v_ptr + kv_head.to(tl.int64) * v_head
+    sink = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + heads, exists, other=0.0).to(tl.float32) * 1.4426950408889634
+
+    if DIRECT:
+        request = program
+        tile = 0
+        end = 1
+    else:
+        total = tl.load(tile_start_ptr + num_requests)
+        working = tl.maximum(tl.minimum(tl.num_programs(1), total), 1)
+        tile = (program.to(tl.int64) * total // working).to(tl.int32)
+        end = tl.minimum(((program + 1).to(tl.int64) * total // working).to(tl.int32), total)
+        request = tl.load(first_request_ptr + program)
+    while tile < end:
+        k_len = tl.load(seqlens_ptr + request)
+        low = 0
+        if HAS_LEFT:
+            low = tl.maximum(k_len - Q_LEN - left, 0)
+        if DIRECT:
+            first = low // BLOCK_N
+            last = tl.cdiv(k_len, BLOCK_N)
+            begin = 0
+            stop = 1
+            request_end = 1
+        else:
+            begin = tl.load(tile_start_ptr + request)
+            request_end = tl.load(tile_start_ptr + request + 1)
+            stop = tl.minimum(request_end, end)
+            hidden = tl.load(first_tile_ptr + request)
+            first = (hidden + tile - begin) * PER_TILE
+            last = tl.minimum((hidden + stop - begin) * PER_TILE, tl.cdiv(k_len, BLOCK_N))
+            if HAS_LEFT:
+                first = tl.maximum(first, low // BLOCK_N)
+        if stop > tile or DIRECT:
+            tokens = (request * Q_LEN + rows // GROUP).to(tl.int64)
+            q_at = q_ptr + (tokens * q_token + heads * q_head)[:, None] + columns
+            q = tl.load(q_at, exists[:, None] & (columns < D), other=0.0)
+            own = rows // GROUP + (k_len - Q_LEN)
+            table = table_ptr + request.to(tl.int64) * table_row
+            acc, m, l = _walk(q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, k_len, low, left, right, cap_scale,
+                              score_scale, first, last, HAS_LEFT, HAS_RIGHT, Q_LEN > 1, HAS_CAP, PAGE_SIZE, BLOCK_M, BLOCK_N,
+                              D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
+            if (tile == begin) & (stop == request_end):
+                acc, lse = finish(acc, m, l, sink, HAS_SINKS)
+                at = out_ptr + (tokens * out_token + heads * out_head)[:, None] + v_columns
+                tl.store(at, acc.to(out_ptr.dtype.element_ty), exists[:, None] & (v_columns < DV))
+                if HAS_LSE:
+                    tl.store(lse_ptr + tokens * (KV_HEADS * GROUP) + heads, lse * LN2, exists)
+            else:
+                acc, lse = finish(acc, m, l, sink, False)
+                slot = 2 * program + (tile == begin).to(tl.int32)
+                piece = (slot * KV_HEADS + kv_head).to(tl.int64) * ROWS + rows
+                tl.store(part_ptr + piece[:, None] * DV + v_columns, acc, exists[:, None] & (v_columns < DV))
+                tl.store(part_lse_ptr + piece, lse, exists)
+        tile = stop
+        request += 1
+
+
+@triton.jit(do_not_specialize=["num_requests", "C"])
+def _combine_kernel(
+    out_ptr,
+    lse_ptr,
+    part_ptr,
+    part_lse_ptr,
+    sinks_ptr,
+    tile_start_ptr,
+    out_token,
+    out_head,
+    num_requests,
+    C,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    Q_LEN: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    PIECES: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    request = tl.program_id(0) // Q_LEN
+    begin = tl.load(tile_start_ptr + request)
+    end = tl.load(tile_start_ptr + request + 1)
+    total = tl.load(tile_start_ptr + num_requests)
+    working = tl.maximum(tl.minimum(C, total), 1).to(tl.int64)
+    divisor = tl.maximum(total, 1)
+    # The program whose run holds tile t is the last c with c · total // working <= t.
+    first = (((begin + 1) * working - 1) // divisor).to(tl.int32)
+    last = ((end * working - 1) // divisor).to(tl.int32)
+    if (end > begin) & (first == last):
+        return
+    columns = tl.arange(0, BLOCK_DV)
+    row = (tl.program_id(0) % Q_LEN) * GROUP + head % GROUP
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    m = float("-inf")
+    l = 0.0
+    if end > begin:
+        for start in tl.range(first, last + 1, PIECES):
+            programs = start + tl.arange(0, PIECES)
+            exists = programs <= last
+            slots = 2 * programs + (programs == first).to(tl.int32)
+            piece = (slots * KV_HEADS + head // GROUP).to(tl.int64) * (GROUP * Q_LEN) + row
+            lse = tl.load(part_lse_ptr + piece, exists, other=float("-inf"))
+            part = tl.load(
+                part_ptr + piece[:, None] * DV + columns[None, :], exists[:, None] & (columns < DV)[None, :], other=0.0
+            )
+            m_new = tl.maximum(m, tl.max(lse, 0))
+            base = tl.where(m_new == float("-inf"), 0.0, m_new)
+            weights = tl.exp2(lse - base)
+            alpha = tl.exp2(m - base)
+            l = l * alpha + tl.sum(weights, 0)
+            acc = acc * alpha + tl.sum(weights[:, None] * part, 0)
+            m = m_new
+    dead = m == float("-inf")
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+        highest = tl.maximum(m, sink)
+        shrink = tl.exp2(m - highest)
+        l = l * shrink + tl.exp2(sink - highest)
+        acc = acc * shrink
+        m = tl.where(dead, m, highest)
+    l = tl.where(dead, 1.0, l)
+    tl.store(out_ptr + token * out_token + head * out_head + columns, (acc / l).to(out_ptr.dtype.element_ty), columns < DV)
+    if HAS_LSE:
+        lse = tl.where(dead, float("-inf"), (m + tl.log2(l)) * LN2)
+        tl.store(lse_ptr + token * (KV_HEADS * GROUP) + head, lse)
+
+
+def launch(
+    out: Tensor,
+    out_lse: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seqlens_k: Tensor,
+    q_len: int,
+    causal: bool,
+    scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+    plan: tuple[Tensor, Tensor, Tensor] | None,
+    config: DecodeConfig | None = None,
+) -> None:
+    """Launches over KV heads, the plan's programs and blocks of rows, then the sum of pieces over tokens and heads."""
+    T, Hq, D = q.shape
+    _, page_size, Hkv, Dv = v_cache.shape
+    B = seqlens_k.shape[0]
+    if T == 0:
+        return
+    group = Hq // Hkv
+    rows = group * q_len
+    config = config or decode_config(q.dtype, D, Dv, rows)
+    scale = D**-0.5 if scale is None else scale
+    right = 0 if causal else window_right
+    direct = plan is None and page_table.shape[1] * page_size <= DIRECT_KEYS
+    if direct:
+        tile_start = first_tile = first_request = seqlens_k
+        programs = B
+        part = part_lse = out
+    else:
+        if plan is None:
+            shape = {"num_heads_q": Hq, "num_heads_kv": Hkv, "head_dim": D, "page_size": page_size, "q_len": q_len}
+            plan = attention_decode_plan(seqlens_k, **shape, window=(window_left, -1), impl="triton")
+        tile_start, first_tile, first_request = plan
+        programs = first_request.shape[0]
+        part = q.new_empty(2 * programs, Hkv, rows, Dv, dtype=torch.float32)
+        part_lse = q.new_empty(2 * programs, Hkv, rows, dtype=torch.float32)
+    sink_values = q if sinks is None else sinks
+    flags = {"HAS_LSE": out_lse is not None, "HAS_SINKS": sinks is not None}
+    shape = {"KV_HEADS": Hkv, "GROUP": group, "Q_LEN": q_len, "DV": Dv, "BLOCK_DV": max(16, triton.next_power_of_2(Dv))}
+    lse = out if out_lse is None else out_lse
+    _decode_kernel[(Hkv, programs, row_blocks(rows))](
+        out,
+        lse,
+        part,
+        part_lse,
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        seqlens_k,
+        sink_values,
+        tile_start,
+        first_tile,
+        first_request,
+        *out.stride()[:2],
+        *q.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        page_table.stride(0),
+        B,
+        window_left,
+        right,
+        scale / softcap if softcap else 1.0,
+        (softcap if softcap else scale) * LOG2E,
+        DIRECT=direct,
+        HAS_LEFT=window_left >= 0,
+        HAS_RIGHT=right >= 0,
+        HAS_CAP=bool(softcap),
+        PAGE_SIZE=page_size,
+        TILE=TILE,
+        BLOCK_M=max(16, triton.next_power_of_2(min(rows, MAX_ROWS))),
+        BLOCK_N=config.block_n,
+        D=D,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        **shape,
+        **flags,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if direct:
+        return
+    _combine_kernel[(T, Hq)](
+        out,
+        lse,
+        part,
+        part_lse,
+        sink_values,
+        tile_start,
+        *out.stride()[:2],
+        B,
+        programs,
+        PIECES=32,
+        **shape,
+        **flags,
+        num_warps=4,
+    )

@@ -1,0 +1,379 @@
+"""FlashAttention-2 on packed queries; keys packed or in pages.
+
+A program owns BLOCK_M queries of one head and walks the blocks of keys that any of them sees. Only blocks that the diagonal, a
+window's edge or the end of the keys cuts are masked; the blocks between run a loop without masks. Tiles are ordered so that
+the heads of one KV head are neighbours, a section's keys fit in the L2, and within a section the longest tiles come first.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, rescale, tanh
+
+# Programs that clear the rows after the last request; they return at once where there are none.
+CLEARING = 8
+# Keys and values of one section of tiles; the H200's L2 holds 60 MB and also serves queries and results.
+SECTION_BYTES = 32 << 20
+UNSPECIALIZED = ["num_requests", "num_rows", "num_tiles", "num_blocks", "num_pairs", "section", "left", "right"]
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """Launch configuration: queries and keys of a block, warps, and stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_config(dtype: torch.dtype, D: int, Dv: int, max_seqlen_q: int, has_window: bool, paged: bool) -> PrefillConfig:
+    """The configuration for a call; `candidates` lists what a tuner may try instead."""
+    width = max(triton.next_power_of_2(D), triton.next_power_of_2(Dv))
+    if dtype == torch.float32:
+        return PrefillConfig(32, 32, 4, 1) if width > 128 else PrefillConfig(64, 32, 4, 2)
+    if max_seqlen_q <= 64:
+        return PrefillConfig(64, 64, 8 if width > 128 else 4, 2)
+    if width > 128:
+        return PrefillConfig(128, 64, 8, 2)
+    # The look-up of pages takes one stage of the pipeline; a third stage beside a window's masks spills at D = 128.
+    if width > 64:
+        return PrefillConfig(128, 64, 8, 2 + (paged or not has_window))
+    return PrefillConfig(128, 128, 8, 3)
+
+
+def candidates(dtype: torch.dtype, D: int, Dv: int) -> list[PrefillConfig]:
+    """Configurations whose key and value stages and queries fit in shared memory."""
+    size = dtype.itemsize
+    width_k, width_v = triton.next_power_of_2(D), triton.next_power_of_2(Dv)
+    found = []
+    for block_m, num_warps in ((64, 4), (128, 4), (128, 8)):
+        for block_n in (32, 64, 128):
+            for stages in (2, 3, 4):
+                shared = block_m * width_k * size + stages * block_n * (width_k + width_v) * size
+                if shared <= 220_000 and not (num_warps == 4 and block_m * width_v > 128 * 64 * 2):
+                    found.append(PrefillConfig(block_m, block_n, num_warps, stages))
+    return found
+
+
+@triton.jit
+def _blocks(
+    acc,
+    m,
+    l,
+    q,
+    k_base,
+    v_base,
+    table,
+    k_page,
+    k_slot,
+    v_page,
+    v_slot,
+    own,
+    low,
+    k_len,
+    left,
+    right,
+    cap_scale,
+    score_scale,
+    first,
+    last,
+    MASKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the blocks of keys first..last-1; `own` is the key that each query stands on."""
+    steps = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    v_columns = tl.arange(0, BLOCK_DV)[None, :]
+    for block in tl.range(first, last):
+        start = block * BLOCK_N
+        keys = start + steps
+        inside = keys < k_len
+        if HAS_LEFT:
+            inside = inside & (keys >= low)
+        if PAGE_SIZE == 0:
+            k_at = k_base + start.to(tl.int64) * k_slot + steps[:, None] * k_slot + columns
+            v_at = v_base + start.to(tl.int64) * v_slot + steps[:, None] * v_slot + v_columns
+        elif PAGE_SIZE >= BLOCK_N:
+            page = tl.load(table + start // PAGE_SIZE).to(tl.int64)
+            offset = start % PAGE_SIZE
+            k_at = k_base + page * k_page + offset * k_slot + steps[:, None] * k_slot + columns
+            v_at = v_base + page * v_page + offset * v_slot + steps[:, None] * v_slot + v_columns
+        else:
+            if MASKED:
+                pages = tl.load(table + keys // PAGE_SIZE, inside, other=0).to(tl.int64)
+            else:
+                pages = tl.load(table + keys // PAGE_SIZE).to(tl.int64)
+            slots = keys % PAGE_SIZE
+            k_at = k_base + (pages * k_page + slots * k_slot)[:, None] + columns
+            v_at = v_base + (pages * v_page + slots * v_slot)[:, None] + v_columns
+        if MASKED:
+            k = tl.load(k_at, inside[:, None] & (columns < D), other=0.0)
+        elif D != BLOCK_D:
+            k = tl.load(k_at, columns < D, other=0.0)
+        else:
+            k = tl.load(k_at)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if HAS_CAP:
+            s = tanh(s * cap_scale)
+        if MASKED:
+            visible = inside[None, :]
+            if HAS_LEFT:
+                visible = visible & (keys[None, :] >= (own - left)[:, None])
+            if HAS_RIGHT:
+                visible = visible & (keys[None, :] <= (own + right)[:, None])
+            s = tl.where(visible, s, float("-inf"))
+        p, alpha, m = rescale(s, m, score_scale, MASKED)
+        l = l * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        if MASKED:
+            v = tl.load(v_at, inside[:, None] & (v_columns < DV), other=0.0)
+        elif DV != BLOCK_DV:
+            v = tl.load(v_at, v_columns < DV, other=0.0)
+        else:
+            v = tl.load(v_at)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, m, l
+
+
+@triton.jit
+def _clear(out_ptr, lse_ptr, out_token, out_head, part, begin, num_rows, heads, HAS_LSE: tl.constexpr, ROWS: tl.constexpr,
+           PARTS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """Zero and -inf for the rows that belong to no request."""
+    columns = tl.arange(0, BLOCK_DV)[None, :]
+    for row in tl.range(begin + part * ROWS, num_rows, PARTS * ROWS):
+        rows = (row + tl.arange(0, ROWS)).to(tl.int64)
+        inside = rows < num_rows
+        for head in tl.range(0, heads):
+            at = out_ptr + (rows * out_token)[:, None] + head * out_head + columns
+            zero = tl.zeros([ROWS, BLOCK_DV], out_ptr.dtype.element_ty)
+            tl.store(at, zero, inside[:, None] & (columns < DV))
+            if HAS_LSE:
+                tl.store(lse_ptr + rows * heads + head, tl.full([ROWS], float("-inf"), tl.float32), inside)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _prefill_kernel(
+    out_ptr,
+    lse_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    sinks_ptr,
+    table_ptr,
+    cu_seqlens_q_ptr,
+    lengths_ptr,
+    out_token,
+    out_head,
+    q_token,
+    q_head,
+    k_page,
+    k_slot,
+    k_head,
+    v_page,
+    v_slot,
+    v_head,
+    table_row,
+    num_requests,
+    num_rows,
+    num_tiles,
+    num_blocks,
+    num_pairs,
+    section,
+    left,
+    right,
+    cap_scale,
+    score_scale,
+    heads: tl.constexpr,
+    group: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    if tile >= num_tiles:
+        begin = tl.load(cu_seqlens_q_ptr + num_requests)
+        _clear(
+            out_ptr, lse_ptr, out_token, out_head, tile - num_tiles, begin, num_rows, heads, HAS_LSE, 16, PARTS, DV, BLOCK_DV
+        )
+        return
+    section_index = tile // (section * num_blocks)
+    within = tile - section_index * (section * num_blocks)
+    width = tl.minimum(section, num_pairs - section_index * section)
+    block_m = num_blocks - 1 - within // width
+    pair = section_index * section + within % width
+    request = pair // heads
+    head = pair % heads
+
+    q_begin = tl.load(cu_seqlens_q_ptr + request)
+    q_len = tl.load(cu_seqlens_q_ptr + request + 1) - q_begin
+    row_begin = block_m * BLOCK_M
+    if row_begin >= q_len:
+        return
+    k_head_offset = (head // group).to(tl.int64)
+    if PAGE_SIZE == 0:
+        k_begin = tl.load(lengths_ptr + request)
+        k_len = tl.load(lengths_ptr + request + 1) - k_begin
+        k_base = k_ptr + k_begin.to(tl.int64) * k_slot + k_head_offset * k_head
+        v_base = v_ptr + k_begin.to(tl.int64) * v_slot + k_head_offset * v_head
+    else:
+        k_len = tl.load(lengths_ptr + request)
+        k_base = k_ptr + k_head_offset * k_head
+        v_base = v_ptr + k_head_offset * v_head
+    table = table_ptr + request.to(tl.int64) * table_row
+
+    rows = row_begin + tl.arange(0, BLOCK_M)
+    tokens = (q_begin + rows).to(tl.int64)
+    own = rows + (k_len - q_len)
+    own_first = row_begin + (k_len - q_len)
+    own_last = tl.minimum(row_begin + BLOCK_M, q_len) - 1 + (k_len - q_len)
+    # Keys low..high-1 are seen by some query of the block, keys from full_low to full_high-1 by every one.
+    low = 0
+    high = k_len
+    full_low = 0
+    full_high = k_len
+    if HAS_LEFT:
+        low = tl.maximum(own_first - left, 0)
+        full_low = tl.maximum(own_last - left, 0)
+    if HAS_RIGHT:
+        high = tl.minimum(k_len, tl.maximum(own_last + right + 1, 0))
+        full_high = tl.minimum(k_len, tl.maximum(own_first + right + 1, 0))
+    first = low // BLOCK_N
+    end = tl.maximum(tl.cdiv(high, BLOCK_N), first)
+    full_first = tl.minimum(tl.cdiv(full_low, BLOCK_N), end)
+    full_end = tl.minimum(tl.maximum(full_high // BLOCK_N, full_first), end)
+
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    q_at = q_ptr + (tokens * q_token)[:, None] + head.to(tl.int64) * q_head + columns
+    q = tl.load(q_at, (rows < q_len)[:, None] & (columns < D), other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_LEFT:
+        acc, m, l = _blocks(acc, m, l, q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, low, k_len, left, right,
+                            cap_scale, score_scale, first, full_first, True, HAS_LEFT, HAS_RIGHT, HAS_CAP, PAGE_SIZE, BLOCK_N,
+                            D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
+    # A window may have hidden every key so far from some row, whose maximum is then still -inf; the keys here are seen by all.
+    acc, m, l = _blocks(acc, m, l, q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, low, k_len, left, right,
+                        cap_scale, score_scale, full_first, full_end, False, HAS_LEFT, HAS_RIGHT, HAS_CAP, PAGE_SIZE, BLOCK_N,
+                        D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
+    acc, m, l = _blocks(acc, m, l, q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, low, k_len, left, right,
+                        cap_scale, score_scale, full_end, end, True, HAS_LEFT, HAS_RIGHT, HAS_CAP, PAGE_SIZE, BLOCK_N,
+                        D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
+    sink = 0.0
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+    acc, lse = finish(acc, m, l, sink, HAS_SINKS)
+    v_columns = tl.arange(0, BLOCK_DV)[None, :]
+    out_at = out_ptr + (tokens * out_token)[:, None] + head.to(tl.int64) * out_head + v_columns
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), (rows < q_len)[:, None] & (v_columns < DV))
+    if HAS_LSE:
+        tl.store(lse_ptr + tokens * heads + head, lse * LN2, rows < q_len)
+
+
+def launch(
+    out: Tensor,
+    out_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    page_table: Tensor | None,
+    cu_seqlens_q: Tensor,
+    lengths: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+    config: PrefillConfig | None = None,
+) -> None:
+    """Launches over tiles of queries; `lengths` is cu_seqlens_k, or seqlens_k where there is a page table."""
+    num_rows, Hq, D = q.shape
+    Dv, Hkv = v.shape[-1], v.shape[-2]
+    if num_rows == 0 or Hq == 0:
+        return
+    config = config or prefill_config(q.dtype, D, Dv, max_seqlen_q, window_left >= 0, page_table is not None)
+    num_requests = cu_seqlens_q.shape[0] - 1
+    num_blocks = triton.cdiv(max_seqlen_q, config.block_m)
+    num_pairs = num_requests * Hq
+    num_tiles = num_blocks * num_pairs
+    group = Hq // Hkv
+    key_bytes = max(1, max_seqlen_k * (D + Dv) * q.element_size())
+    section = group * max(1, SECTION_BYTES // key_bytes)
+    scale = D**-0.5 if scale is None else scale
+    right = 0 if causal else window_right
+    paged = page_table is not None
+    options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    _prefill_kernel[(num_tiles + CLEARING,)](
+        out,
+        out if out_lse is None else out_lse,
+        q,
+        k,
+        v,
+        q if sinks is None else sinks,
+        page_table if page_table is not None else lengths,
+        cu_seqlens_q,
+        lengths,
+        *out.stride()[:2],
+        *q.stride()[:2],
+        k.stride(0) if paged else 0,
+        *k.stride()[-3:-1],
+        v.stride(0) if paged else 0,
+        *v.stride()[-3:-1],
+        page_table.stride(0) if page_table is not None else 0,
+        num_requests,
+        num_rows,
+        num_tiles,
+        num_blocks,
+        num_pairs,
+        min(section, max(num_pairs, 1)),
+        window_left,
+        right,
+        scale / softcap if softcap else 1.0,
+        (softcap if softcap else scale) * LOG2E,
+        heads=Hq,
+        group=group,
+        HAS_LSE=out_lse is not None,
+        HAS_SINKS=sinks is not None,
+        HAS_LEFT=window_left >= 0,
+        HAS_RIGHT=right >= 0,
+        HAS_CAP=bool(softcap),
+        PAGE_SIZE=k.shape[1] if paged else 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        D=D,
+        DV=Dv,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        BLOCK_DV=max(16, triton.next_power_of_2(Dv)),
+        PARTS=CLEARING,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        **options,
+    )

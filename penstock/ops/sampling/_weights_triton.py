@@ -1,0 +1,91 @@
+"""The weights of _weights.py on the device, bit for bit, and the options of a row.
+
+Launch with enable_fp_fusion=False: a fused multiply-add rounds once where the definition rounds twice.
+"""
+
+import triton
+import triton.language as tl
+
+from penstock.ops.sampling import _weights
+
+ONE = tl.constexpr(_weights.ONE)
+C6 = tl.constexpr(_weights.POLYNOMIAL[0])
+C5 = tl.constexpr(_weights.POLYNOMIAL[1])
+C4 = tl.constexpr(_weights.POLYNOMIAL[2])
+C3 = tl.constexpr(_weights.POLYNOMIAL[3])
+C2 = tl.constexpr(_weights.POLYNOMIAL[4])
+C1 = tl.constexpr(_weights.POLYNOMIAL[5])
+LOWEST = tl.constexpr(_weights.LOWEST)
+LOG2E = tl.constexpr(_weights.LOG2E)
+LARGEST = tl.constexpr(_weights.LARGEST)
+TWO_63 = tl.constexpr(2.0**63)
+
+
+@triton.jit
+def clean(x):
+    """Logits as float32: NaN becomes -inf, +inf the largest finite number, -0 becomes 0."""
+    x = x.to(tl.float32)
+    x = tl.where(x == x, x, float("-inf"))
+    return tl.minimum(x, LARGEST) + 0.0
+
+
+@triton.jit
+def scale_of(temperature):
+    """log2(e) / temperature."""
+    return tl.minimum(tl.div_rn(1.0, temperature) * LOG2E, LARGEST)
+
+
+@triton.jit
+def weigh(x, top, scale):
+    """Integer weights of clean logits; top must be above -inf."""
+    exponent = tl.maximum((x - top) * scale, LOWEST)
+    whole = tl.floor(exponent + 0.5)
+    exponent = exponent - whole
+    power = exponent * C6
+    power = (power + C5) * exponent
+    power = (power + C4) * exponent
+    power = (power + C3) * exponent
+    power = (power + C2) * exponent
+    power = (power + C1) * exponent
+    power = power + 1.0
+    bits = power.to(tl.int32, bitcast=True) + ((whole.to(tl.int32) + ONE) << 23)
+    return bits.to(tl.float32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def key_of(x):
+    """An integer that orders clean logits."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def logit_of(key):
+    """The logit of a key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def at_least(fraction, mass):
+    """The smallest integer >= fraction · mass, and at least 1, for a fraction in [0, 1)."""
+    steps = (fraction * TWO_63).to(tl.int64)
+    twice = mass * 2
+    high = tl.umulhi(twice.to(tl.uint64), steps.to(tl.uint64)).to(tl.int64)
+    return tl.maximum(high + ((twice * steps) != 0).to(tl.int64), 1)
+
+
+@triton.jit
+def smallest_weight(min_p):
+    """The weight that min-p asks for, at least 1."""
+    wanted = min_p * 1099511627776.0
+    whole = wanted.to(tl.int64)
+    return tl.maximum(whole + (whole.to(tl.float32) < wanted).to(tl.int64), 1)
+
+
+@triton.jit
+def option(pointer, row, value, dtype: tl.constexpr):
+    """The row's option: its entry where a tensor is given, the number otherwise."""
+    if pointer is not None:
+        return tl.load(pointer + row).to(dtype)
+    else:
+        return tl.zeros([], dtype) + value
