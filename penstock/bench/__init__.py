@@ -10,7 +10,9 @@
     record.py, report.py  JSON files and tables
     tune.py               times candidate launch configs, writes the tables that core/tuning.py looks up
     engine.py, engine_peer.py, shapes.py   tokens per second of penstock.LLM against transformers
-    cli.py                penstock bench OP|engine
+    cli.py                penstock bench OP|all|ceilings|engine
+
+A day on a GPU is one command, benchmarks/gpu_session.py; benchmarks/file_results.py files what it brought back.
 
 A claim of speed names the JSON file and the command that made it.
 """

@@ -98,7 +98,12 @@ def _special(
 
 
 def _command() -> str:
-    return "penstock bench " + shlex.join(sys.argv[1:])
+    """What was asked for, without the folder, which says nothing about the numbers."""
+    words = sys.argv[1:]
+    if "--output" in words:
+        at = words.index("--output")
+        words = words[:at] + words[at + 2 :]
+    return "penstock bench " + shlex.join(words)
 
 
 def _operators(

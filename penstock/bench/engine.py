@@ -273,7 +273,7 @@ def bench_from_command_line(
     ceilings = measure_ceilings(device, quick=quick) if on_gpu else None
     document: dict[str, Any] = {
         "schema": record.SCHEMA,
-        "model": model or shape,
+        "model": Path(model).name or shape,
         "dtype": str(dtype).removeprefix("torch."),
         "environment": record.environment(device),
         "rounds": rounds,

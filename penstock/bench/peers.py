@@ -144,7 +144,7 @@ def _sdpa(backend: str) -> Peer:
 # ---- sampling
 
 
-def _uniform(value: Any) -> float | None:
+def uniform(value: Any) -> float | None:
     """The one value of a scalar or of a tensor whose rows agree."""
     if isinstance(value, Tensor):
         distinct = value.unique().tolist()
@@ -153,15 +153,15 @@ def _uniform(value: Any) -> float | None:
 
 
 def _argmax(arguments: Arguments) -> Call | str:
-    if _uniform(arguments.get("temperature", 1.0)) != 0:
+    if uniform(arguments.get("temperature", 1.0)) != 0:
         return "is greedy, this case draws"
     return lambda: arguments["logits"].argmax(-1)
 
 
 def _multinomial(arguments: Arguments) -> Call | str:
-    temperature = _uniform(arguments.get("temperature", 1.0))
-    plain = _uniform(arguments.get("top_k", 0)) == 0 and _uniform(arguments.get("top_p", 1.0)) == 1
-    if not temperature or not plain or _uniform(arguments.get("min_p", 0.0)) != 0:
+    temperature = uniform(arguments.get("temperature", 1.0))
+    plain = uniform(arguments.get("top_k", 0)) == 0 and uniform(arguments.get("top_p", 1.0)) == 1
+    if not temperature or not plain or uniform(arguments.get("min_p", 0.0)) != 0:
         return "draws without filters, from one temperature above zero"
     return lambda: torch.multinomial(torch.softmax(arguments["logits"].float() / temperature, -1), 1)[:, 0]
 
@@ -169,8 +169,8 @@ def _multinomial(arguments: Arguments) -> Call | str:
 def _sort_and_draw(arguments: Arguments) -> Call | str:
     """Top-k and top-p as many engines write them: one sort of the whole vocabulary."""
     logits = arguments["logits"]
-    temperature = _uniform(arguments.get("temperature", 1.0))
-    top_k, top_p = _uniform(arguments.get("top_k", 0)), _uniform(arguments.get("top_p", 1.0))
+    temperature = uniform(arguments.get("temperature", 1.0))
+    top_k, top_p = uniform(arguments.get("top_k", 0)), uniform(arguments.get("top_p", 1.0))
     if not temperature or top_k is None or top_p is None or (top_k == 0 and top_p == 1):
         return "filters by one top_k and one top_p, from one temperature above zero"
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from penstock.bench.inputs import Arguments
+from penstock.bench.peers import uniform
 from penstock.bench.timing import Call
 from penstock.core.check import short
 
@@ -252,7 +253,9 @@ def _sampling_inputs(arguments: Arguments) -> tuple[Tensor, Any, Any, Any] | str
     top_k, top_p = arguments.get("top_k", 0), arguments.get("top_p", 1.0)
     if isinstance(top_k, Tensor):
         top_k = torch.where(top_k == 0, logits.shape[1], top_k).to(torch.int32)
-    return logits, temperature, top_k or logits.shape[1] if not isinstance(top_k, Tensor) else top_k, top_p
+    elif top_k == 0:
+        top_k = logits.shape[1]
+    return logits, temperature, top_k, top_p
 
 
 def _sample_from_probs(package: Any, arguments: Arguments) -> Call | str:
@@ -274,10 +277,10 @@ def _sample_from_logits(package: Any, arguments: Arguments) -> Call | str:
     if isinstance(inputs, str):
         return inputs
     logits, temperature, top_k, top_p = inputs
-    if isinstance(temperature, Tensor) or temperature != 1.0:
+    if uniform(temperature) != 1.0:
         return "takes logits already divided by the temperature"
     sampling = package.sampling
-    if not isinstance(top_k, Tensor) and top_k == logits.shape[1] and not isinstance(top_p, Tensor) and top_p == 1.0:
+    if uniform(top_k) == logits.shape[1] and uniform(top_p) == 1.0:
         return lambda: sampling.sampling_from_logits(logits, seed=1, offset=0)
     return lambda: sampling.top_k_top_p_sampling_from_logits(logits, top_k, top_p, seed=1, offset=0)
 

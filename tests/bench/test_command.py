@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
 from typer.testing import CliRunner
 
 from penstock.bench.cli import app
@@ -37,13 +35,32 @@ def test_the_session_survives_an_operator_that_crashes(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"operators.json", "session.log", "summary.txt"}
 
 
-@pytest.mark.slow
-def test_engine_against_transformers(tmp_path):
-    pytest.importorskip("transformers")
-    done = CliRunner().invoke(app, ["engine", "--device", "cpu", "--quick", "--output", str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    document = json.loads((tmp_path / "engine.json").read_text())
-    assert document["without"] == {}
-    assert [row["contestant"] for row in document["rows"]][:2] == ["penstock", "transformers"]
-    assert document["rows"][1]["ratios"].keys() == {"tokens per second", "time to first token", "decode step"}
-    assert torch.get_num_threads() == document["environment"]["threads"]
+def test_a_process_that_hangs_is_ended_and_says_why(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from watched import watch
+
+    heard = []
+    with open(tmp_path / "log", "w") as log:
+        code = "import time; print('alive', flush=True); time.sleep(60)"
+        slow = watch([sys.executable, "-c", code], log, 1.0, heard.append)
+        silent = watch([sys.executable, "-c", code], log, 30.0, heard.append, silence=1.0)
+        good = watch([sys.executable, "-c", "print('done')"], log, 30.0, heard.append)
+        bad = watch([sys.executable, "-c", "print('why'); raise SystemExit(3)"], log, 30.0, heard.append)
+    assert slow.fault == "stopped at its limit of 1 s" and slow.seconds < 20
+    assert silent.fault == "stopped after 1 s without a word"
+    assert (good.fault, bad.fault) == ("", "exit status 3: why")
+    assert heard == ["alive", "alive", "done", "why"]
+
+
+def test_results_of_a_session_are_filed_by_device(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from file_results import file_results
+
+    full = {"environment": {"device": "NVIDIA H200"}, "results": [{"case": "a"}]}
+    (tmp_path / "operators.json").write_text(json.dumps({"operators": {"rms_norm": full, "none": {"results": []}}}))
+    (tmp_path / "engine.json").write_text(json.dumps({"environment": {"device": "NVIDIA H200"}, "rows": [1]}))
+    filed = [path for name in ("operators", "engine") for path in file_results(tmp_path / f"{name}.json", tmp_path / "results")]
+    assert [path.relative_to(tmp_path).as_posix() for path in filed] == [
+        "results/nvidia-h200/rms_norm.json",
+        "results/nvidia-h200/engine.json",
+    ]
