@@ -88,11 +88,25 @@ def attention_decode(
     left, right = _options.split_window(attention_decode.contract, window)
     options = (q_len, causal, scale, left, right, softcap, sinks)
     launch = attention_decode.pick(impl, q, k_cache, v_cache, page_table, seqlens_k, *options, out)
+    if plan is not None:
+        _check_plan(plan, seqlens_k)
     if out is None:
         out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
     out_lse = q.new_empty(q.shape[:2], dtype=_options.lse_dtype(q)) if return_lse else None
     launch(out, out_lse, q, k_cache, v_cache, page_table, seqlens_k, *options, plan)
     return out if out_lse is None else (out, out_lse)
+
+
+def _check_plan(plan: DecodePlan, seqlens_k: Tensor) -> None:
+    """ContractError unless the plan is one for as many requests, on their device; its values are not read."""
+    B, contract = seqlens_k.shape[0], attention_decode.contract
+    if not isinstance(plan, (tuple, list)) or len(plan) != 3 or not all(isinstance(part, Tensor) for part in plan):
+        raise contract.error("plan", f"must be what attention_decode_plan returned, got {type(plan).__name__}", {})
+    sizes = [part.numel() for part in plan]
+    if sizes[:2] != [B + 1, B] or sizes[2] == 0:
+        raise contract.error("plan", f"must be made for B = {B} requests, got {sizes[1]}", {"seqlens_k": seqlens_k})
+    if any(part.device != seqlens_k.device or part.dtype != torch.int32 for part in plan):
+        raise contract.error("plan", f"must be int32 on {seqlens_k.device}", DecodePlan(*plan)._asdict())
 
 
 @attention_decode.relation

@@ -45,7 +45,7 @@ def candidates(dtype: torch.dtype, D: int, Dv: int, rows: int) -> list[DecodeCon
         for block_n in (16, 32, TILE)
         for num_warps in (2, 4, 8)
         for stages in (2, 3, 4, 5)
-        if stages * block_n * row_bytes <= 100_000
+        if (stages - 1) * block_n * row_bytes <= 100_000
     ]
 
 
@@ -233,7 +233,7 @@ def _decode_kernel(
                     tl.store(lse_ptr + tokens * (KV_HEADS * GROUP) + heads, lse * LN2, exists)
             else:
                 acc, lse = finish(acc, m, l, sink, False)
-                slot = 2 * program + (tile == begin).to(tl.int32)
+                slot = 2 * program + tl.where(tile == begin, 1, 0)
                 piece = (slot * KV_HEADS + kv_head).to(tl.int64) * ROWS + rows
                 tl.store(part_ptr + piece[:, None] * DV + v_columns, acc, exists[:, None] & (v_columns < DV))
                 tl.store(part_lse_ptr + piece, lse, exists)

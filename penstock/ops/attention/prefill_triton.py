@@ -52,7 +52,7 @@ def candidates(dtype: torch.dtype, D: int, Dv: int) -> list[PrefillConfig]:
     size = dtype.itemsize
     width_k, width_v = triton.next_power_of_2(D), triton.next_power_of_2(Dv)
     found = []
-    for block_m, num_warps in ((64, 4), (128, 4), (128, 8)):
+    for block_m, num_warps in ((64, 4), (64, 8), (128, 4), (128, 8)):
         for block_n in (32, 64, 128):
             for stages in (2, 3, 4):
                 shared = block_m * width_k * size + stages * block_n * (width_k + width_v) * size
