@@ -9,7 +9,7 @@
 | merge.py         | merge_attention                               | merge_triton.py        |
 
 Private files: _options.py (contract rules shared by the operators), _reference.py (the definition, and the naive computation
-that sets the error budget), _cpu.py (the CPU path), _cases.py (drawing of test and benchmark inputs, cost of a call),
+that sets the error budget), _cpu.py and decode_cpu.py (the CPU path), _cases.py (drawing of test and benchmark inputs, cost of a call),
 _softmax_triton.py (device functions shared by the kernels).
 
 Layouts

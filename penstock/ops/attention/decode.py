@@ -216,7 +216,6 @@ def cases() -> Iterable[Case]:
     yield case("ragged_page_256", mixed, 2, 2, 64, page_size=256)
     yield case("ragged_float16", mixed, 4, 1, 64, dtype=torch.float16, return_lse=True)
     yield case("ragged_float32", mixed, 3, 3, 32, dtype=torch.float32, return_lse=True)
-    yield case("ragged_float64", mixed, 2, 1, 32, dtype=torch.float64, return_lse=True)
     yield case("ragged_q_len_4", [5, 130, 0, 3, 65], 6, 2, 64, q_len=4, return_lse=True)
     yield case("ragged_q_len_8", [200, 7, 64], 12, 1, 64, q_len=8)
     yield case("ragged_window", [150, 3, 0, 300], 2, 1, 64, window=(70, -1), return_lse=True)

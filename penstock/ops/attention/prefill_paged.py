@@ -213,7 +213,6 @@ def cases() -> Iterable[Case]:
     yield case("ragged_page_64_head_major", mixed, 4, 1, 128, page_size=64, head_major=True)
     yield case("ragged_float16", mixed, 4, 2, 64, dtype=torch.float16, return_lse=True)
     yield case("ragged_float32", mixed, 3, 1, 32, dtype=torch.float32, return_lse=True)
-    yield case("ragged_float64", mixed, 2, 1, 32, dtype=torch.float64, return_lse=True)
     yield case("ragged_window", [(60, 150), (20, 200)], 2, 1, 64, window=(17, -1))
     yield case("softcap_sinks", [(30, 90), (3, 2)], 4, 2, 64, softcap=5.0, with_sinks=True, return_lse=True)
     yield case("head_dim_96_padded_rows", mixed, 2, 1, 96, padding=7, return_lse=True)

@@ -10,6 +10,7 @@ from penstock.core.check import ContractError
 from penstock.core.op import NotSupported
 from penstock.ops.attention import _cases
 from penstock.ops.attention.decode import attention_decode
+from penstock.ops.attention.decode_cpu import CALL_IN_KEYS, GATHERED_BYTES, batches
 from penstock.ops.attention.decode_plan import TILE, DecodePlan, attention_decode_plan, num_programs
 from penstock.ops.attention.prefill_paged import attention_prefill_paged
 from penstock.testing import check_case
@@ -198,6 +199,23 @@ def test_given_output_and_strided_query(device, impl):
 def test_batching_of_the_cpu_path(options, seqlens):
     """Uniform, padded and request by request: the three ways through it."""
     check_case(attention_decode, "cpu", _cases.decode("batch", seqlens, 4, 2, 16, dtype=torch.float32, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"return_lse": True}, {"window": (9, -1), "q_len": 2}], ids=str)
+def test_float64_on_the_cpu_path(options):
+    drawn = _cases.decode("float64", [5, 130, 0, 64], 2, 1, 32, dtype=torch.float64, **options).build(Make())
+    want = attention_decode(**drawn, impl="reference")
+    torch.testing.assert_close(attention_decode(**drawn), want, atol=1e-13, rtol=1e-13)
+
+
+@given(st.lists(st.integers(0, 3000), max_size=30), st.integers(1, 10**6))
+def test_batches_of_the_cpu_path(spans, key_bytes):
+    found = list(batches(spans, key_bytes))
+    assert sorted(b for batch in found for b in batch) == [b for b, span in enumerate(spans) if span]
+    for batch in found:
+        longest = max(spans[b] for b in batch)
+        assert len(batch) == 1 or len(batch) * longest * key_bytes <= GATHERED_BYTES
+        assert len(batch) * longest - sum(spans[b] for b in batch) <= len(batch) * CALL_IN_KEYS
 
 
 @pytest.mark.gpu

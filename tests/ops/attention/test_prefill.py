@@ -151,6 +151,14 @@ def test_paged_equals_packed_bit_for_bit(device):
     assert torch.equal(attention_prefill_paged(**paged, impl="triton"), packed_out)
 
 
+@pytest.mark.parametrize("options", [{}, {"return_lse": True}, {"window": (9, -1)}], ids=str)
+def test_float64_on_the_cpu_path(options):
+    mixed = [(5, 5), (1, 40), (0, 9), (33, 97)]
+    for op, case in ((attention_prefill, _cases.prefill), (attention_prefill_paged, _cases.paged_prefill)):
+        drawn = case("float64", mixed, 2, 1, 32, dtype=torch.float64, **options).build(Make())
+        torch.testing.assert_close(op(**drawn), op(**drawn, impl="reference"), atol=1e-13, rtol=1e-13)
+
+
 def test_explicit_softmax_of_the_cpu_path_in_slices(monkeypatch):
     arguments = packed("cpu", [(30, 40)], 4, 2, 16, softcap=3.0)
     want = attention_prefill(**arguments, impl="cpu")
