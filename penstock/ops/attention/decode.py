@@ -225,6 +225,8 @@ def cases() -> Iterable[Case]:
     yield case("head_dim_80", mixed, 2, 1, 80)
     yield case("head_dim_192_128", [40, 130], 2, 2, 192, Dv=128)
     yield case("head_dim_256", [40, 130], 4, 1, 256)
+    yield case("many_rows", [40, 130], 16, 2, 128, q_len=8)
+    yield case("many_rows_head_dim_256", [70], 8, 1, 256, q_len=8)
     yield case("padded_rows_only", [0, 0, 0], 4, 2, 64, return_lse=True)
     yield case("empty", [], 2, 1, 64, return_lse=True)
     batches = {

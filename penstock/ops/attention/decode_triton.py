@@ -33,7 +33,9 @@ def decode_config(dtype: torch.dtype, D: int, Dv: int, rows: int) -> DecodeConfi
     """The configuration for a call; `candidates` lists what a tuner may try instead."""
     width = max(triton.next_power_of_2(D), triton.next_power_of_2(Dv)) * dtype.itemsize
     # float32 products run on the CUDA cores, which hold a whole operand in registers.
-    widest = 32 if dtype == torch.float32 else TILE
+    widest = 32 if dtype == torch.float32 or rows > 32 else TILE
+    if rows > 32 and width == 512 and dtype != torch.float32:
+        return DecodeConfig(32, 8, 3)
     return DecodeConfig(min(widest, max(16, TILE * 256 // width)), 4, 4)
 
 

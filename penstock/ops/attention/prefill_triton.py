@@ -36,7 +36,10 @@ def prefill_config(dtype: torch.dtype, D: int, Dv: int, max_seqlen_q: int, has_w
     """The configuration for a call; `candidates` lists what a tuner may try instead."""
     width = max(triton.next_power_of_2(D), triton.next_power_of_2(Dv))
     if dtype == torch.float32:
-        return PrefillConfig(32, 32, 4, 1) if width > 128 else PrefillConfig(64, 32, 4, 2)
+        # Products run on the CUDA cores, which hold whole operands in registers.
+        if width > 32:
+            return PrefillConfig(16 if width > 128 else 32, 32, 8, 1)
+        return PrefillConfig(64, 32, 4, 2)
     if max_seqlen_q <= 64:
         return PrefillConfig(64, 64, 8 if width > 128 else 4, 2)
     if width > 128:
