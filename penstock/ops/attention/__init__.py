@@ -9,8 +9,8 @@
 | merge.py         | merge_attention                               | merge_triton.py        |
 
 Private files: _options.py (contract rules shared by the operators), _reference.py (the definition, and the naive computation
-that sets the error budget), _cpu.py (the CPU path), _cases.py (drawing of test and benchmark inputs, cost of a call),
-_softmax_triton.py (device functions shared by the kernels).
+that sets the error budget), _cpu.py and decode_cpu.py (the CPU path), _cases.py (drawing of test and benchmark inputs, cost of
+a call), _softmax_triton.py (device functions shared by the kernels).
 
 Layouts
     q, out        [T, Hq, D]: the tokens of all requests, one request after another ("packed", "varlen")

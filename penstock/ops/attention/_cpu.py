@@ -72,6 +72,12 @@ def attend_request(
     sees_all = n == 1 or (unlimited and (right < 0 or right >= n - 1))
     plain = not softcap and sinks is None and out_lse is None
     aligned = right == 0 and ahead == 0 and unlimited and plain
+    if n == 1 and plain:
+        # The heads of one KV head as rows of one product, which is else one row high: 3 to 10 times faster in bfloat16.
+        grouped = q.view(1, k.shape[1], -1, q.shape[2])
+        keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+        out.copy_(scaled_dot_product_attention(grouped, keys, values, scale=scale).reshape(out.shape))
+        return
     visible = None if sees_all or aligned else visible_keys(n, m, left, right, q.device)[:, first:]
     if not plain:
         _explicit(out, out_lse, q, k, v, visible, scale, softcap, sinks)

@@ -35,11 +35,11 @@ def exact(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, float("-inf"))
-    lse = scores.logsumexp(-1)
-    dead = lse == float("-inf")
+    dead = ~visible.any(-1)
     if sinks is not None:
-        lse = torch.where(dead, lse, torch.logaddexp(lse, sinks.to(wide)[:, None]))
-    weights = torch.exp(scores - torch.where(dead, 0, lse)[:, :, None])
+        scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(-1, scores.shape[1], 1)], -1)
+    lse = scores.logsumexp(-1).masked_fill(dead, float("-inf"))
+    weights = torch.softmax(scores, -1)[:, :, : len(k)].masked_fill(dead[:, None], 0)
     return torch.einsum("hnm,mhd->nhd", weights, v), lse.T
 
 

@@ -1,4 +1,4 @@
-"""Device functions that the attention kernels share: softcap, one step of the online softmax, its end, addresses of pages."""
+"""Device functions that the attention kernels share: softcap, one step of the online softmax, its end, addresses of keys."""
 
 import triton
 import triton.language as tl
@@ -50,7 +50,29 @@ def finish(acc, m, l, sink, HAS_SINKS: tl.constexpr):
 
 
 @triton.jit
-def page_rows(table, keys, inside, page_stride, slot_stride, PAGE_SIZE: tl.constexpr):
-    """64-bit offsets of keys, one look-up a key, for pages smaller than a block."""
-    page = tl.load(table + keys // PAGE_SIZE, inside, other=0)
-    return page.to(tl.int64) * page_stride, (keys % PAGE_SIZE) * slot_stride
+def pages_of(table, block, keys_below, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of a block of keys, or the page of each of its keys where pages are smaller; 64-bit.
+
+    Loops look up the pages of the next block and carry them: a look-up in the same step as the loads that need it would
+    take half of the pipeline's stages.
+    """
+    if PAGE_SIZE >= BLOCK_N:
+        return tl.load(table + block * BLOCK_N // PAGE_SIZE, block * BLOCK_N < keys_below, other=0).to(tl.int64)
+    else:
+        keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        return tl.load(table + keys // PAGE_SIZE, keys < keys_below, other=0).to(tl.int64)
+
+
+@triton.jit
+def rows_at(base, pages, block, page_stride, slot_stride, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Addresses [BLOCK_N, 1] of the rows of a block of keys; PAGE_SIZE 0 for keys that are packed."""
+    steps = tl.arange(0, BLOCK_N)
+    if PAGE_SIZE == 0:
+        start = tl.full([], BLOCK_N, tl.int64) * block
+        return base + start * slot_stride + (steps * slot_stride)[:, None]
+    elif PAGE_SIZE >= BLOCK_N:
+        slot = block * BLOCK_N % PAGE_SIZE
+        return base + pages * page_stride + slot * slot_stride + (steps * slot_stride)[:, None]
+    else:
+        slots = (block * BLOCK_N + steps) % PAGE_SIZE
+        return base + (pages * page_stride + slots * slot_stride)[:, None]

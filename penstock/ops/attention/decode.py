@@ -88,11 +88,25 @@ def attention_decode(
     left, right = _options.split_window(attention_decode.contract, window)
     options = (q_len, causal, scale, left, right, softcap, sinks)
     launch = attention_decode.pick(impl, q, k_cache, v_cache, page_table, seqlens_k, *options, out)
+    if plan is not None:
+        _check_plan(plan, seqlens_k)
     if out is None:
         out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
     out_lse = q.new_empty(q.shape[:2], dtype=_options.lse_dtype(q)) if return_lse else None
     launch(out, out_lse, q, k_cache, v_cache, page_table, seqlens_k, *options, plan)
     return out if out_lse is None else (out, out_lse)
+
+
+def _check_plan(plan: DecodePlan, seqlens_k: Tensor) -> None:
+    """ContractError unless the plan is one for as many requests, on their device; its values are not read."""
+    B, contract = seqlens_k.shape[0], attention_decode.contract
+    if not isinstance(plan, (tuple, list)) or len(plan) != 3 or not all(isinstance(part, Tensor) for part in plan):
+        raise contract.error("plan", f"must be what attention_decode_plan returned, got {type(plan).__name__}", {})
+    sizes = [part.numel() for part in plan]
+    if sizes[:2] != [B + 1, B] or sizes[2] == 0:
+        raise contract.error("plan", f"must be made for B = {B} requests, got {sizes[1]}", {"seqlens_k": seqlens_k})
+    if any(part.device != seqlens_k.device or part.dtype != torch.int32 for part in plan):
+        raise contract.error("plan", f"must be int32 on {seqlens_k.device}", DecodePlan(*plan)._asdict())
 
 
 @attention_decode.relation
@@ -202,7 +216,6 @@ def cases() -> Iterable[Case]:
     yield case("ragged_page_256", mixed, 2, 2, 64, page_size=256)
     yield case("ragged_float16", mixed, 4, 1, 64, dtype=torch.float16, return_lse=True)
     yield case("ragged_float32", mixed, 3, 3, 32, dtype=torch.float32, return_lse=True)
-    yield case("ragged_float64", mixed, 2, 1, 32, dtype=torch.float64, return_lse=True)
     yield case("ragged_q_len_4", [5, 130, 0, 3, 65], 6, 2, 64, q_len=4, return_lse=True)
     yield case("ragged_q_len_8", [200, 7, 64], 12, 1, 64, q_len=8)
     yield case("ragged_window", [150, 3, 0, 300], 2, 1, 64, window=(70, -1), return_lse=True)
@@ -212,6 +225,8 @@ def cases() -> Iterable[Case]:
     yield case("head_dim_80", mixed, 2, 1, 80)
     yield case("head_dim_192_128", [40, 130], 2, 2, 192, Dv=128)
     yield case("head_dim_256", [40, 130], 4, 1, 256)
+    yield case("many_rows", [40, 130], 16, 2, 128, q_len=8)
+    yield case("many_rows_head_dim_256", [70], 8, 1, 256, q_len=8)
     yield case("padded_rows_only", [0, 0, 0], 4, 2, 64, return_lse=True)
     yield case("empty", [], 2, 1, 64, return_lse=True)
     batches = {

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, tanh
+from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, pages_of, rows_at, tanh
 from penstock.ops.attention.decode_plan import MAX_ROWS, TILE, attention_decode_plan, row_blocks
 
 # Up to this many keys a request is one program's work: a schedule and a second kernel would cost more than they spread.
@@ -32,11 +32,11 @@ class DecodeConfig:
 def decode_config(dtype: torch.dtype, D: int, Dv: int, rows: int) -> DecodeConfig:
     """The configuration for a call; `candidates` lists what a tuner may try instead."""
     width = max(triton.next_power_of_2(D), triton.next_power_of_2(Dv)) * dtype.itemsize
-    if width > 512:
-        return DecodeConfig(16, 4, 2)
-    if width > 256:
-        return DecodeConfig(32, 4, 3)
-    return DecodeConfig(TILE, 4, 3)
+    # float32 products run on the CUDA cores, which hold a whole operand in registers.
+    widest = 32 if dtype == torch.float32 or rows > 32 else TILE
+    if rows > 32 and width == 512 and dtype != torch.float32:
+        return DecodeConfig(32, 8, 3)
+    return DecodeConfig(min(widest, max(16, TILE * 256 // width)), 4, 4)
 
 
 def candidates(dtype: torch.dtype, D: int, Dv: int, rows: int) -> list[DecodeConfig]:
@@ -47,7 +47,7 @@ def candidates(dtype: torch.dtype, D: int, Dv: int, rows: int) -> list[DecodeCon
         for block_n in (16, 32, TILE)
         for num_warps in (2, 4, 8)
         for stages in (2, 3, 4, 5)
-        if stages * block_n * row_bytes <= 100_000
+        if (stages - 1) * block_n * row_bytes <= 100_000
     ]
 
 
@@ -91,22 +91,16 @@ def _walk(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     # The sum over keys waits until the end: one reduction across warps less in each step.
     weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    k_stop = tl.minimum(k_len, last * BLOCK_N)
+    pages = pages_of(table, first, k_stop, PAGE_SIZE, BLOCK_N)
     for block in tl.range(first, last):
-        start = block * BLOCK_N
-        keys = start + steps
+        keys = block * BLOCK_N + steps
         inside = keys < k_len
         if HAS_LEFT:
             inside = inside & (keys >= low)
-        if PAGE_SIZE >= BLOCK_N:
-            page = tl.load(table + start // PAGE_SIZE).to(tl.int64)
-            offset = start % PAGE_SIZE
-            k_at = k_base + page * k_page + offset * k_slot + steps[:, None] * k_slot + columns
-            v_at = v_base + page * v_page + offset * v_slot + steps[:, None] * v_slot + v_columns
-        else:
-            pages = tl.load(table + keys // PAGE_SIZE, inside, other=0).to(tl.int64)
-            slots = keys % PAGE_SIZE
-            k_at = k_base + (pages * k_page + slots * k_slot)[:, None] + columns
-            v_at = v_base + (pages * v_page + slots * v_slot)[:, None] + v_columns
+        k_at = rows_at(k_base, pages, block, k_page, k_slot, PAGE_SIZE, BLOCK_N) + columns
+        v_at = rows_at(v_base, pages, block, v_page, v_slot, PAGE_SIZE, BLOCK_N) + v_columns
+        pages = pages_of(table, block + 1, k_stop, PAGE_SIZE, BLOCK_N)
         k = tl.load(k_at, inside[:, None] & (columns < D), other=0.0)
         v = tl.load(v_at, inside[:, None] & (v_columns < DV), other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -241,7 +235,7 @@ def _decode_kernel(
                     tl.store(lse_ptr + tokens * (KV_HEADS * GROUP) + heads, lse * LN2, exists)
             else:
                 acc, lse = finish(acc, m, l, sink, False)
-                slot = 2 * program + (tile == begin).to(tl.int32)
+                slot = 2 * program + tl.where(tile == begin, 1, 0)
                 piece = (slot * KV_HEADS + kv_head).to(tl.int64) * ROWS + rows
                 tl.store(part_ptr + piece[:, None] * DV + v_columns, acc, exists[:, None] & (v_columns < DV))
                 tl.store(part_lse_ptr + piece, lse, exists)

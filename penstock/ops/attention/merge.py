@@ -42,7 +42,7 @@ def merge_attention(outs: Tensor, lses: Tensor, *, out: Tensor | None = None, im
 def _reference(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(outs.dtype, torch.float32)
     lse = torch.logsumexp(lses, 0)
-    weights = torch.exp(lses - lse.masked_fill(lse == float("-inf"), 0)).to(wide)[..., None]
+    weights = torch.softmax(lses, 0).masked_fill(lse == float("-inf"), 0).to(wide)[..., None]
     return torch.where(weights > 0, weights * outs.to(wide), 0).sum(0).to(outs.dtype), lse
 
 

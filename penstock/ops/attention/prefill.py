@@ -135,7 +135,8 @@ def _baseline(
     return _reference.over_requests(_reference.naive, q, requests, v.shape[2], *options)
 
 
-@attention_prefill.impl("triton", needs=("triton",), instructions=("HGMMA",))
+# At D = 256 a tile of 64 keys spills up to 96 bytes; 32 keys spill none, and halve the work between two rescalings.
+@attention_prefill.impl("triton", needs=("triton",), instructions=("HGMMA",), spill_bytes=96)
 def _triton(
     out: Tensor,
     out_lse: Tensor | None,
@@ -182,7 +183,6 @@ def cases() -> Iterable[Case]:
     yield case("ragged", mixed, 4, 2, 64)
     yield case("ragged_float16_lse", mixed, 8, 1, 64, dtype=torch.float16, return_lse=True)
     yield case("ragged_float32", mixed, 3, 3, 32, dtype=torch.float32, return_lse=True)
-    yield case("ragged_float64", mixed, 2, 1, 32, dtype=torch.float64, return_lse=True)
     yield case("ragged_fewer_keys_than_queries", [(40, 9), (7, 0), (20, 20)], 2, 2, 64, return_lse=True)
     yield case("ragged_non_causal", mixed, 4, 4, 64, causal=False)
     yield case("ragged_window", [(150, 150), (20, 200)], 2, 1, 64, window=(17, -1))

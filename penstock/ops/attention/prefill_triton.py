@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, rescale, tanh
+from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, pages_of, rescale, rows_at, tanh
 
 # Programs that clear the rows after the last request; they return at once where there are none.
 CLEARING = 8
@@ -32,18 +32,21 @@ class PrefillConfig:
     num_stages: int
 
 
-def prefill_config(dtype: torch.dtype, D: int, Dv: int, max_seqlen_q: int, has_window: bool, paged: bool) -> PrefillConfig:
+def prefill_config(dtype: torch.dtype, D: int, Dv: int, max_seqlen_q: int, has_window: bool) -> PrefillConfig:
     """The configuration for a call; `candidates` lists what a tuner may try instead."""
     width = max(triton.next_power_of_2(D), triton.next_power_of_2(Dv))
     if dtype == torch.float32:
-        return PrefillConfig(32, 32, 4, 1) if width > 128 else PrefillConfig(64, 32, 4, 2)
+        # Products run on the CUDA cores, which hold whole operands in registers.
+        if width > 32:
+            return PrefillConfig(16 if width > 128 else 32, 32, 8, 1)
+        return PrefillConfig(64, 32, 4, 2)
     if max_seqlen_q <= 64:
         return PrefillConfig(64, 64, 8 if width > 128 else 4, 2)
     if width > 128:
         return PrefillConfig(128, 64, 8, 2)
-    # The look-up of pages takes one stage of the pipeline; a third stage beside a window's masks spills at D = 128.
+    # A third stage beside a window's masks spills at D = 128.
     if width > 64:
-        return PrefillConfig(128, 64, 8, 2 + (paged or not has_window))
+        return PrefillConfig(128, 64, 8, 2 if has_window else 3)
     return PrefillConfig(128, 128, 8, 3)
 
 
@@ -52,7 +55,7 @@ def candidates(dtype: torch.dtype, D: int, Dv: int) -> list[PrefillConfig]:
     size = dtype.itemsize
     width_k, width_v = triton.next_power_of_2(D), triton.next_power_of_2(Dv)
     found = []
-    for block_m, num_warps in ((64, 4), (128, 4), (128, 8)):
+    for block_m, num_warps in ((64, 4), (64, 8), (128, 4), (128, 8)):
         for block_n in (32, 64, 128):
             for stages in (2, 3, 4):
                 shared = block_m * width_k * size + stages * block_n * (width_k + width_v) * size
@@ -99,28 +102,19 @@ def _blocks(
     steps = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)[None, :]
     v_columns = tl.arange(0, BLOCK_DV)[None, :]
+    k_stop = tl.minimum(k_len, last * BLOCK_N)
+    pages = 0
+    if PAGE_SIZE > 0:
+        pages = pages_of(table, first, k_stop, PAGE_SIZE, BLOCK_N)
     for block in tl.range(first, last):
-        start = block * BLOCK_N
-        keys = start + steps
+        keys = block * BLOCK_N + steps
         inside = keys < k_len
         if HAS_LEFT:
             inside = inside & (keys >= low)
-        if PAGE_SIZE == 0:
-            k_at = k_base + start.to(tl.int64) * k_slot + steps[:, None] * k_slot + columns
-            v_at = v_base + start.to(tl.int64) * v_slot + steps[:, None] * v_slot + v_columns
-        elif PAGE_SIZE >= BLOCK_N:
-            page = tl.load(table + start // PAGE_SIZE).to(tl.int64)
-            offset = start % PAGE_SIZE
-            k_at = k_base + page * k_page + offset * k_slot + steps[:, None] * k_slot + columns
-            v_at = v_base + page * v_page + offset * v_slot + steps[:, None] * v_slot + v_columns
-        else:
-            if MASKED:
-                pages = tl.load(table + keys // PAGE_SIZE, inside, other=0).to(tl.int64)
-            else:
-                pages = tl.load(table + keys // PAGE_SIZE).to(tl.int64)
-            slots = keys % PAGE_SIZE
-            k_at = k_base + (pages * k_page + slots * k_slot)[:, None] + columns
-            v_at = v_base + (pages * v_page + slots * v_slot)[:, None] + v_columns
+        k_at = rows_at(k_base, pages, block, k_page, k_slot, PAGE_SIZE, BLOCK_N) + columns
+        v_at = rows_at(v_base, pages, block, v_page, v_slot, PAGE_SIZE, BLOCK_N) + v_columns
+        if PAGE_SIZE > 0:
+            pages = pages_of(table, block + 1, k_stop, PAGE_SIZE, BLOCK_N)
         if MASKED:
             k = tl.load(k_at, inside[:, None] & (columns < D), other=0.0)
         elif D != BLOCK_D:
@@ -320,7 +314,7 @@ def launch(
     Dv, Hkv = v.shape[-1], v.shape[-2]
     if num_rows == 0 or Hq == 0:
         return
-    config = config or prefill_config(q.dtype, D, Dv, max_seqlen_q, window_left >= 0, page_table is not None)
+    config = config or prefill_config(q.dtype, D, Dv, max_seqlen_q, window_left >= 0)
     num_requests = cu_seqlens_q.shape[0] - 1
     num_blocks = triton.cdiv(max_seqlen_q, config.block_m)
     num_pairs = num_requests * Hq
