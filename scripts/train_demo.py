@@ -176,6 +176,16 @@ def model_card(facts: dict, best: dict, final: dict, samples: list[str]) -> str:
     return CARD.format(**fields, minutes=best["seconds"] / 60, loss=final["validation_loss"], samples=quoted)
 
 
+def gathered(path: Path | None) -> dict:
+    """The documents and the version of Python they shipped with; a machine with a bare Python may read another's."""
+    if path and path.exists():
+        return json.loads(path.read_text("utf-8"))
+    text = {"python": platform.python_version(), "documents": gather()}
+    if path:
+        path.write_text(json.dumps(text), "utf-8")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=TARGET)
@@ -186,6 +196,7 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--text", type=Path, help="where the gathered text is kept: read if it is there, else written")
     parser.add_argument("--resume", action="store_true", help="go on from the last log line of an interrupted run")
     options = parser.parse_args()
     if options.batch % 2048:
@@ -197,7 +208,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
 
-    train_texts, validation_texts = split(gather())
+    text = gathered(options.text)
+    train_texts, validation_texts = split(text["documents"])
     tokenizer = build_tokenizer(train_texts, vocab_size=4096)
     encode = tokenizer.backend_tokenizer.encode_batch
     train_ids, validation_ids = (
@@ -222,7 +234,7 @@ def main() -> None:
     )
     model = LlamaForCausalLM(config).to(options.device)
     facts = {
-        "python": platform.python_version(),
+        "python": text["python"],
         "torch": torch.__version__.split("+")[0],
         "transformers": transformers.__version__,
         "parameters": model.num_parameters(),
