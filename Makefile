@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 NEWEST_TRITON := .venv-triton-newest
 OLDEST_TRITON_VERSION := 3.6.0
 WORKERS ?= 2
-PROMPT ?= If the argument is
+PROMPT := If the argument is
 ARGS ?=
 
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
