@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 NEWEST_TRITON := .venv-triton-newest
 OLDEST_TRITON_VERSION := 3.6.0
 WORKERS ?= 2
-PROMPT ?= A generator is
+PROMPT := If the argument is
 ARGS ?=
 
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
@@ -30,8 +30,7 @@ help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## set up, then generate text with the small model that comes with the package
-	@echo '+ penstock generate demo --prompt "$(PROMPT)"'
-	@$(BIN)/penstock generate demo --prompt "$(PROMPT)" $(ARGS)
+	$(BIN)/penstock generate demo --temperature 0.7 --top-p 0.9 --max-tokens 64 --prompt "$(PROMPT)" $(ARGS)
 
 test: $(READY) $(NEWEST_TRITON)/.ready ## set up, then run the test suite (ARGS="-k rms_norm" runs a part)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15 $(ARGS)
