@@ -33,7 +33,7 @@ demo: $(READY) ## set up, then generate text with the small model that comes wit
 	$(BIN)/penstock generate demo --temperature 0.7 --top-p 0.9 --max-tokens 64 --prompt "$(PROMPT)" $(ARGS)
 
 test: $(READY) $(NEWEST_TRITON)/.ready ## set up, then run the test suite (ARGS="-k rms_norm" runs a part)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
 
 lint: $(READY) ## check style, format and types
 	$(BIN)/ruff check .

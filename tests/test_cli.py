@@ -249,7 +249,14 @@ def begin(tiny):
     """A generation that goes on for long, after its first text has come."""
     options = ("--ignore-eos", "--max-tokens", "4000", "--device", "cpu", "--no-stats")
     command = [*COMMAND, "generate", tiny, "--prompt", "the turbine", *options]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    running = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        # A test run in the background may have been told to ignore interruptions, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert running.stdout is not None
     assert running.stdout.read(1), running.stderr.read()
     return running
