@@ -237,7 +237,9 @@ def test_generate_with_a_chat_template(here, tiny):
 
 
 def test_the_bundled_model(here):
-    code, out, err = here("generate", "demo", "--prompt", "A generator is", "--max-tokens", "16", "--device", "cpu")
+    code, out, err = here(
+        "generate", "demo", "--prompt", "A generator is", "--max-tokens", "16", "--device", "cpu", "--ignore-eos", "--seed", "0"
+    )
     assert code == 0, err
     assert len(out.split()) >= 4
 

@@ -1,4 +1,5 @@
-"""Without a sort of the vocabulary: unfiltered rows together, filtered rows one by one with candidates from torch.topk."""
+"""Without a sort of the vocabulary: rows together, filtered ones with candidates from torch.topk; the few that these do not
+settle (a wide nucleus, ties at the cut) one by one."""
 
 import math
 
@@ -43,6 +44,7 @@ def launch(
         rows = clean(rows)
         largest = rows.amax(1)
     ids = [0] * B
+    unsettled: list[int] = []
     if bool((heats == 0).any()):
         # torch.argmax does not promise the first of equal values; numpy's does.
         ids = rows.numpy().argmax(1).tolist()
@@ -60,7 +62,14 @@ def launch(
         weights = weigh(rows[index], largest[index, None], scale[index, None])
         for row, position in zip(some, _draw(weights, [least[row] for row in some], [bits[row] for row in some]), strict=True):
             ids[row] = position
-    for row in sorted({row for row in range(B) if hot[row]} - set(free)):
+    filtered = sorted({row for row in range(B) if hot[row]} - set(free))
+    for start in range(0, len(filtered), step):
+        some = filtered[start : start + step]
+        settled = _draw_filtered(rows, largest, scale, ks, ps, least, bits, some) if len(some) > 1 else {}
+        for row, position in settled.items():
+            ids[row] = position
+        unsettled += [row for row in some if row not in settled]
+    for row in unsettled:
         top, by = float(largest[row]), float(scale[row])
         kept = _keep(rows[row], top, by, ks[row], ps[row])
         [position] = _draw(weigh(rows[row][kept], top, by)[None], [least[row]], [bits[row]])
@@ -75,6 +84,48 @@ def _draw(weights: Tensor, least: list[int], bits: list[int]) -> list[int]:
     cumulative = weights.cumsum(1)
     targets = [draw(random, mass) for random, mass in zip(bits, cumulative[:, -1].tolist(), strict=True)]
     return torch.searchsorted(cumulative, torch.tensor(targets)[:, None], right=True)[:, 0].tolist()
+
+
+def _draw_filtered(
+    rows: Tensor,
+    largest: Tensor,
+    scale: Tensor,
+    ks: list[int],
+    ps: list[float],
+    least: list[int],
+    bits: list[int],
+    some: list[int],
+) -> dict[int, int]:
+    """The drawn ids of those rows whose kept tokens are for certain among the largest CANDIDATES."""
+    V = rows.shape[1]
+    whole = len(some) == len(rows)
+    own = rows if whole else rows[some]
+    top, by = (largest, scale) if whole else (largest[some], scale[some])
+    limits = [ks[row] if 0 < ks[row] < V else V for row in some]
+    width = min(V, CANDIDATES, max(limits))
+    values, order = own.topk(width)
+    weights = weigh(values, top[:, None], by[:, None])
+    if min(limits) < width:
+        weights *= torch.arange(width) < torch.tensor(limits)[:, None]
+    cumulative = weights.cumsum(1)
+    masses = cumulative[:, -1].tolist()
+    if max(limits) == V and width < V:
+        everything = weigh(own, top[:, None], by[:, None]).sum(1).tolist()
+        masses = [mass if limit < V else all_of_it for mass, limit, all_of_it in zip(masses, limits, everything, strict=True)]
+    needed = [at_least(ps[row], mass) for row, mass in zip(some, masses, strict=True)]
+    reach = torch.searchsorted(cumulative, torch.tensor(needed)[:, None])[:, 0] + 1
+    by_count = torch.tensor([limit if ps[row] >= 1 else V for row, limit in zip(some, limits, strict=True)])
+    reach = torch.where(by_count < V, by_count, reach)
+    inside = reach <= width
+    reach.clamp_(max=width)
+    # A tie across the cut is settled by id, which topk does not promise.
+    last = values.gather(1, reach[:, None] - 1)
+    settled = (inside & ((own >= last).sum(1) == reach)).tolist()
+    weights *= torch.arange(width) < reach[:, None]
+    order, by_id = order.sort(1)
+    drawn = _draw(weights.gather(1, by_id), [least[row] for row in some], [bits[row] for row in some])
+    ids = order.gather(1, torch.tensor(drawn)[:, None].clamp_(max=width - 1))[:, 0].tolist()
+    return {row: position for row, position, good in zip(some, ids, settled, strict=True) if good}
 
 
 def _keep(row: Tensor, top: float, scale: float, k: int, p: float) -> Tensor:
