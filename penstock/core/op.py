@@ -182,7 +182,11 @@ class Op:
         if torch.compiler.is_compiling():
             return functools.partial(self.library_op, impl)
         key = (impl, *[(a.shape, a.dtype, a.stride(), a.device) if isinstance(a, Tensor) else a for a in args])
-        launch = self._picked.get(key)
+        try:
+            launch = self._picked.get(key)
+        except TypeError:  # something unhashable, such as a list where a tensor belongs: the contract names it
+            self.contract.check(args)
+            raise
         if launch is None:
             named = self.contract.check(args)
             fault = self._relation(**named)

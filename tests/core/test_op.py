@@ -78,6 +78,11 @@ def test_a_refused_call_is_not_remembered():
     assert len(scaled_for_tests._picked) == before
 
 
+def test_a_list_where_a_tensor_belongs_is_named():
+    with pytest.raises(ContractError, match="`x` must be a tensor, got list"):
+        scaled_for_tests.pick("auto", [1.0], None, 2.0)
+
+
 def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(op_module, "MEMO_LIMIT", 8)
     for n in range(1, 40):
