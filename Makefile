@@ -1,5 +1,5 @@
 # `make demo` and `make test` need Python 3.11 or newer and a C compiler, and set up everything else themselves.
-# Settings: PYTHON=python3.12, WORKERS=4, ARGS="..." for pytest or penstock bench, PROMPT="..." for the demonstration.
+# Settings: PYTHON=python3.12, WORKERS=4, TESTS=tests/core, PROMPT="...", ARGS="..." for pytest, penstock bench or generate.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -11,6 +11,8 @@ READY := $(VENV)/.ready
 NEWEST_TRITON := .venv-triton-newest
 OLDEST_TRITON_VERSION := 3.6.0
 WORKERS ?= 2
+# The compile gate takes longest: one worker begins with it while the others take the rest.
+TESTS := tests/testing $(filter-out tests/testing tests/conftest.py tests/__pycache__,$(wildcard tests/*))
 PROMPT := If the argument is
 ARGS ?=
 
@@ -33,7 +35,7 @@ demo: $(READY) ## set up, then generate text with the small model that comes wit
 	$(BIN)/penstock generate demo --temperature 0.7 --top-p 0.9 --max-tokens 64 --prompt "$(PROMPT)" $(ARGS)
 
 test: $(READY) $(NEWEST_TRITON)/.ready ## set up, then run the test suite (ARGS="-k rms_norm" runs a part)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(TESTS) $(ARGS)
 
 lint: $(READY) ## check style, format and types
 	$(BIN)/ruff check .

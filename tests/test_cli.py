@@ -257,7 +257,7 @@ def begin(tiny):
         stderr=subprocess.PIPE,
         env=environment(),
         # A test run in the background may have been told to ignore interruptions, and its children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert running.stdout is not None
     assert running.stdout.read(1), running.stderr.read()
