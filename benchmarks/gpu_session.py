@@ -132,7 +132,8 @@ def tests(session: Session, limit: float) -> None:
             outcomes[found[2] or found[3]] = found[1] or found[4]
 
     workers = session.options.test_workers
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-o", "addopts=--import-mode=importlib"]
     command += ["--strict-markers", *(["-n", str(workers)] if workers else []), *session.options.tests]
     if not session.options.large_tests:
         # The operators' part verifies these before it times them, on the GPU; here their oracle would run on the CPU.
