@@ -197,6 +197,8 @@ class Engine:
         Raises: InvalidPrompt with the reason why it cannot.
         """
         text, token_ids = self._tokens(prompt)
+        if text == "":
+            raise InvalidPrompt("the prompt is empty text; a request needs at least one character")
         for token_id in token_ids:
             if not 0 <= token_id < self.runner.vocab_size:
                 raise InvalidPrompt(f"token id {token_id} is not in the vocabulary, 0 … {self.runner.vocab_size - 1}")
