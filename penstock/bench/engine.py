@@ -255,7 +255,7 @@ def bench_from_command_line(
     if quick:
         workloads, rounds = [Workload(1, 12, 9), Workload(4, 12, 9)], 2
     elif on_gpu:
-        workloads, rounds = [Workload(1, 1024, 96), Workload(16, 1024, 96), Workload(64, 1024, 96)], 3
+        workloads, rounds = [Workload(1, 1024, 64), Workload(16, 1024, 64), Workload(64, 1024, 64)], 3
     else:
         workloads, rounds = [Workload(1, 64, 48), Workload(16, 64, 24)], 5
     longest = max(workload.prompt + workload.output for workload in workloads)
