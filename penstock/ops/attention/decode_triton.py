@@ -6,6 +6,7 @@ normalised result with its log-sum-exp, in one of the program's two scratch slot
 request (slot 2c) and end in the middle of one (slot 2c+1). The second kernel adds a request's pieces in the order of its keys.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, pages_of, rows_at, tanh
+from penstock.core.tuning import tuned
+from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, page_kind, pages_of, rows_at, tanh
 from penstock.ops.attention.decode_plan import MAX_ROWS, TILE, attention_decode_plan, row_blocks
 
 # Up to this many keys a request is one program's work: a schedule and a second kernel would cost more than they spread.
@@ -29,26 +31,31 @@ class DecodeConfig:
     num_stages: int
 
 
-def decode_config(dtype: torch.dtype, D: int, Dv: int, rows: int) -> DecodeConfig:
-    """The configuration for a call; `candidates` lists what a tuner may try instead."""
-    width = max(triton.next_power_of_2(D), triton.next_power_of_2(Dv)) * dtype.itemsize
-    # float32 products run on the CUDA cores, which hold a whole operand in registers.
-    widest = 32 if dtype == torch.float32 or rows > 32 else TILE
-    if rows > 32 and width == 512 and dtype != torch.float32:
-        return DecodeConfig(32, 8, 3)
-    return DecodeConfig(min(widest, max(16, TILE * 256 // width)), 4, 4)
-
-
-def candidates(dtype: torch.dtype, D: int, Dv: int, rows: int) -> list[DecodeConfig]:
+def candidates(itemsize: int, width: int, rows: int, pages: str) -> Iterator[DecodeConfig]:
     """Configurations that leave room for two programs on a multiprocessor."""
-    row_bytes = (triton.next_power_of_2(D) + triton.next_power_of_2(Dv)) * dtype.itemsize
-    return [
-        DecodeConfig(block_n, num_warps, stages)
-        for block_n in (16, 32, TILE)
-        for num_warps in (2, 4, 8)
-        for stages in (2, 3, 4, 5)
-        if (stages - 1) * block_n * row_bytes <= 100_000
-    ]
+    shapes = [(64, 4, 4), (64, 4, 3), (64, 8, 4), (64, 8, 3), (64, 2, 4), (32, 4, 6), (32, 2, 6), (32, 4, 4)]
+    if width * itemsize > 256:
+        shapes = [(32, 4, 4), (32, 4, 3), (32, 8, 4), (32, 8, 3), (64, 8, 2), (16, 4, 6)]
+    for block_n, num_warps, num_stages in shapes:
+        if itemsize < 4 and (num_stages - 1) * block_n * 2 * width * itemsize <= 100_000:
+            yield DecodeConfig(block_n, num_warps, num_stages)
+
+
+@tuned(candidates)
+def configure(itemsize: int, width: int, rows: int, pages: str) -> DecodeConfig:
+    """The default for a kind of call.
+
+    Args:
+        itemsize: bytes of a value.
+        width: the wider of the two head dimensions, rounded up to a power of two.
+        rows: query rows of a program, BLOCK_M of the kernel.
+        pages: "small" or "large", as in page_kind.
+    """
+    # float32 products run on the CUDA cores, which hold a whole operand in registers.
+    widest = 32 if itemsize == 4 or rows > 32 else TILE
+    if rows > 32 and width * itemsize == 512 and itemsize < 4:
+        return DecodeConfig(32, 8, 3)
+    return DecodeConfig(min(widest, max(16, TILE * 256 // (width * itemsize))), 4, 4)
 
 
 @triton.jit
@@ -330,7 +337,6 @@ def launch(
     softcap: float | None,
     sinks: Tensor | None,
     plan: tuple[Tensor, Tensor, Tensor] | None,
-    config: DecodeConfig | None = None,
 ) -> None:
     """Launches over KV heads, the plan's programs and blocks of rows, then the sum of pieces over tokens and heads."""
     T, Hq, D = q.shape
@@ -340,7 +346,9 @@ def launch(
         return
     group = Hq // Hkv
     rows = group * q_len
-    config = config or decode_config(q.dtype, D, Dv, rows)
+    block_m = max(16, triton.next_power_of_2(min(rows, MAX_ROWS)))
+    width = triton.next_power_of_2(max(D, Dv))
+    config = configure.on(q.device, q.element_size(), width, block_m, page_kind(page_size))
     scale = D**-0.5 if scale is None else scale
     right = 0 if causal else window_right
     direct = plan is None and page_table.shape[1] * page_size <= DIRECT_KEYS
@@ -390,7 +398,7 @@ def launch(
         HAS_CAP=bool(softcap),
         PAGE_SIZE=page_size,
         TILE=TILE,
-        BLOCK_M=max(16, triton.next_power_of_2(min(rows, MAX_ROWS))),
+        BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         D=D,
         BLOCK_D=max(16, triton.next_power_of_2(D)),

@@ -5,6 +5,7 @@ window's edge or the end of the keys cuts are masked; the blocks between run a l
 the heads of one KV head are neighbours, a section's keys fit in the L2, and within a section the longest tiles come first.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, pages_of, rescale, rows_at, tanh
+from penstock.core.tuning import tuned
+from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, page_kind, pages_of, rescale, rows_at, tanh
 
 # Programs that clear the rows after the last request; they return at once where there are none.
 CLEARING = 8
@@ -32,36 +34,59 @@ class PrefillConfig:
     num_stages: int
 
 
-def prefill_config(dtype: torch.dtype, D: int, Dv: int, max_seqlen_q: int, has_window: bool) -> PrefillConfig:
-    """The configuration for a call; `candidates` lists what a tuner may try instead."""
-    width = max(triton.next_power_of_2(D), triton.next_power_of_2(Dv))
-    if dtype == torch.float32:
+# Up to this many queries the whole request is one block of rows.
+SHORT = 64
+
+
+def candidates(itemsize: int, width: int, pages: str, queries: str, causal: bool, window: bool) -> Iterator[PrefillConfig]:
+    """Blocks of 64 queries, of which two programs share a multiprocessor, and of 128, which read the keys half as often."""
+    if itemsize == 4:
+        return
+    shapes = [
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 128, 4, 2),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+    ]
+    if width > 128:
+        shapes = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2)]
+    for block_m, block_n, num_warps, num_stages in shapes:
+        shared = (block_m + 2 * num_stages * block_n) * width * itemsize
+        if shared <= 230_000 and (block_m == 64 or queries != "short"):
+            yield PrefillConfig(block_m, block_n, num_warps, num_stages)
+
+
+@tuned(candidates)
+def configure(itemsize: int, width: int, pages: str, queries: str, causal: bool, window: bool) -> PrefillConfig:
+    """The default for a kind of call.
+
+    Args:
+        itemsize: bytes of a value.
+        width: the wider of the two head dimensions, rounded up to a power of two.
+        pages: "none", "small" or "large", as in page_kind.
+        queries: "short", "medium" or "long", as in query_kind.
+    """
+    if itemsize == 4:
         # Products run on the CUDA cores, which hold whole operands in registers.
         if width > 32:
             return PrefillConfig(16 if width > 128 else 32, 32, 8, 1)
         return PrefillConfig(64, 32, 4, 2)
-    if max_seqlen_q <= 64:
+    if queries == "short":
         return PrefillConfig(64, 64, 8 if width > 128 else 4, 2)
     if width > 128:
         return PrefillConfig(128, 64, 8, 2)
     # A third stage beside a window's masks spills at D = 128.
     if width > 64:
-        return PrefillConfig(128, 64, 8, 2 if has_window else 3)
+        return PrefillConfig(128, 64, 8, 2 if window else 3)
     return PrefillConfig(128, 128, 8, 3)
 
 
-def candidates(dtype: torch.dtype, D: int, Dv: int) -> list[PrefillConfig]:
-    """Configurations whose key and value stages and queries fit in shared memory."""
-    size = dtype.itemsize
-    width_k, width_v = triton.next_power_of_2(D), triton.next_power_of_2(Dv)
-    found = []
-    for block_m, num_warps in ((64, 4), (64, 8), (128, 4), (128, 8)):
-        for block_n in (32, 64, 128):
-            for stages in (2, 3, 4):
-                shared = block_m * width_k * size + stages * block_n * (width_k + width_v) * size
-                if shared <= 220_000 and not (num_warps == 4 and block_m * width_v > 128 * 64 * 2):
-                    found.append(PrefillConfig(block_m, block_n, num_warps, stages))
-    return found
+def query_kind(max_seqlen_q: int) -> str:
+    """What a table tells apart: one block of rows, the chunks of a server, whole prompts."""
+    return "short" if max_seqlen_q <= SHORT else "medium" if max_seqlen_q <= 2048 else "long"
 
 
 @triton.jit
@@ -307,14 +332,23 @@ def launch(
     window_right: int,
     softcap: float | None,
     sinks: Tensor | None,
-    config: PrefillConfig | None = None,
 ) -> None:
     """Launches over tiles of queries; `lengths` is cu_seqlens_k, or seqlens_k where there is a page table."""
     num_rows, Hq, D = q.shape
     Dv, Hkv = v.shape[-1], v.shape[-2]
     if num_rows == 0 or Hq == 0:
         return
-    config = config or prefill_config(q.dtype, D, Dv, max_seqlen_q, window_left >= 0)
+    paged = page_table is not None
+    right = 0 if causal else window_right
+    config = configure.on(
+        q.device,
+        q.element_size(),
+        triton.next_power_of_2(max(D, Dv)),
+        page_kind(k.shape[1] if paged else 0),
+        query_kind(max_seqlen_q),
+        right >= 0,
+        window_left >= 0,
+    )
     num_requests = cu_seqlens_q.shape[0] - 1
     num_blocks = triton.cdiv(max_seqlen_q, config.block_m)
     num_pairs = num_requests * Hq
@@ -323,8 +357,6 @@ def launch(
     key_bytes = max(1, max_seqlen_k * (D + Dv) * q.element_size())
     section = group * max(1, SECTION_BYTES // key_bytes)
     scale = D**-0.5 if scale is None else scale
-    right = 0 if causal else window_right
-    paged = page_table is not None
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     _prefill_kernel[(num_tiles + CLEARING,)](
         out,
