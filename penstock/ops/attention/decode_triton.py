@@ -1,7 +1,7 @@
-"""Split-KV decode: equal runs of KV tiles to a fixed number of programs, then one fixed-order sum of their pieces.
+"""Split-KV decode: equal runs of work to a fixed number of programs, then one fixed-order sum of their pieces.
 
 All query heads of one KV head, times q_len, are the rows of one matrix: the keys are read once for all of them. A program walks
-its run of tiles request by request. A request that lies in one run is finished there; of the others each run leaves a piece, a
+its run of units request by request. A request that lies in one run is finished there; of the others each run leaves a piece, a
 normalised result with its log-sum-exp, in one of the program's two scratch slots: a run can only begin in the middle of one
 request (slot 2c) and end in the middle of one (slot 2c+1). The second kernel adds a request's pieces in the order of its keys.
 """
@@ -13,10 +13,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from penstock.core.device import has_dependent_launch
 from penstock.core.tuning import tuned
 from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, page_kind, pages_of, rows_at, tanh
-from penstock.ops.attention.decode_plan import MAX_ROWS, TILE, attention_decode_plan, row_blocks
+from penstock.ops.attention.decode_plan import LEAD, MAX_ROWS, TILE, attention_decode_plan, row_blocks
 
 # Up to this many keys a request is one program's work: a schedule and a second kernel would cost more than they spread.
 DIRECT_KEYS = 256
@@ -142,7 +144,7 @@ def _decode_kernel(
     table_ptr,
     seqlens_ptr,
     sinks_ptr,
-    tile_start_ptr,
+    unit_start_ptr,
     first_tile_ptr,
     first_request_ptr,
     out_token,
@@ -171,6 +173,7 @@ def _decode_kernel(
     HAS_RIGHT: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    LEAD: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -179,7 +182,11 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        # The second kernel may be brought to the device as soon as every program of this one runs.
+        gdc_launch_dependents()
     kv_head = tl.program_id(0)
     program = tl.program_id(1)
     ROWS: tl.constexpr = GROUP * Q_LEN
@@ -197,15 +204,15 @@ def _decode_kernel(
 
     if DIRECT:
         request = program
-        tile = 0
+        unit = 0
         end = 1
     else:
-        total = tl.load(tile_start_ptr + num_requests)
+        total = tl.load(unit_start_ptr + num_requests)
         working = tl.maximum(tl.minimum(tl.num_programs(1), total), 1)
-        tile = (program.to(tl.int64) * total // working).to(tl.int32)
+        unit = (program.to(tl.int64) * total // working).to(tl.int32)
         end = tl.minimum(((program + 1).to(tl.int64) * total // working).to(tl.int32), total)
         request = tl.load(first_request_ptr + program)
-    while tile < end:
+    while unit < end:
         k_len = tl.load(seqlens_ptr + request)
         low = 0
         if HAS_LEFT:
@@ -214,18 +221,21 @@ def _decode_kernel(
             first = low // BLOCK_N
             last = tl.cdiv(k_len, BLOCK_N)
             begin = 0
+            start = 0
             stop = 1
             request_end = 1
         else:
-            begin = tl.load(tile_start_ptr + request)
-            request_end = tl.load(tile_start_ptr + request + 1)
+            # The first of the units that are tiles.
+            begin = tl.load(unit_start_ptr + request) + LEAD
+            request_end = tl.load(unit_start_ptr + request + 1)
+            start = tl.maximum(unit, begin)
             stop = tl.minimum(request_end, end)
             hidden = tl.load(first_tile_ptr + request)
-            first = (hidden + tile - begin) * PER_TILE
+            first = (hidden + start - begin) * PER_TILE
             last = tl.minimum((hidden + stop - begin) * PER_TILE, tl.cdiv(k_len, BLOCK_N))
             if HAS_LEFT:
                 first = tl.maximum(first, low // BLOCK_N)
-        if stop > tile or DIRECT:
+        if stop > start or DIRECT:
             tokens = (request * Q_LEN + rows // GROUP).to(tl.int64)
             q_at = q_ptr + (tokens * q_token + heads * q_head)[:, None] + columns
             q = tl.load(q_at, exists[:, None] & (columns < D), other=0.0)
@@ -234,7 +244,7 @@ def _decode_kernel(
             acc, m, l = _walk(q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, k_len, low, left, right, cap_scale,
                               score_scale, first, last, HAS_LEFT, HAS_RIGHT, Q_LEN > 1, HAS_CAP, PAGE_SIZE, BLOCK_M, BLOCK_N,
                               D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
-            if (tile == begin) & (stop == request_end):
+            if (start == begin) & (stop == request_end):
                 acc, lse = finish(acc, m, l, sink, HAS_SINKS)
                 at = out_ptr + (tokens * out_token + heads * out_head)[:, None] + v_columns
                 tl.store(at, acc.to(out_ptr.dtype.element_ty), exists[:, None] & (v_columns < DV))
@@ -242,11 +252,11 @@ def _decode_kernel(
                     tl.store(lse_ptr + tokens * (KV_HEADS * GROUP) + heads, lse * LN2, exists)
             else:
                 acc, lse = finish(acc, m, l, sink, False)
-                slot = 2 * program + tl.where(tile == begin, 1, 0)
+                slot = 2 * program + tl.where(start == begin, 1, 0)
                 piece = (slot * KV_HEADS + kv_head).to(tl.int64) * ROWS + rows
                 tl.store(part_ptr + piece[:, None] * DV + v_columns, acc, exists[:, None] & (v_columns < DV))
                 tl.store(part_lse_ptr + piece, lse, exists)
-        tile = stop
+        unit = stop
         request += 1
 
 
@@ -257,7 +267,7 @@ def _combine_kernel(
     part_ptr,
     part_lse_ptr,
     sinks_ptr,
-    tile_start_ptr,
+    unit_start_ptr,
     out_token,
     out_head,
     num_requests,
@@ -267,21 +277,26 @@ def _combine_kernel(
     Q_LEN: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    LEAD: tl.constexpr,
     PIECES: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     request = tl.program_id(0) // Q_LEN
-    begin = tl.load(tile_start_ptr + request)
-    end = tl.load(tile_start_ptr + request + 1)
-    total = tl.load(tile_start_ptr + num_requests)
+    begin = tl.load(unit_start_ptr + request)
+    end = tl.load(unit_start_ptr + request + 1)
+    total = tl.load(unit_start_ptr + num_requests)
     working = tl.maximum(tl.minimum(C, total), 1).to(tl.int64)
     divisor = tl.maximum(total, 1)
-    # The program whose run holds tile t is the last c with c · total // working <= t.
-    first = (((begin + 1) * working - 1) // divisor).to(tl.int32)
+    # The program whose run holds unit u is the last c with c · total // working <= u.
+    first = (((begin + LEAD + 1) * working - 1) // divisor).to(tl.int32)
     last = ((end * working - 1) // divisor).to(tl.int32)
+    if EARLY:
+        # Before any exit: a kernel after this one must find the first one finished.
+        gdc_wait()
     if (end > begin) & (first == last):
         return
     columns = tl.arange(0, BLOCK_DV)
@@ -353,14 +368,14 @@ def launch(
     right = 0 if causal else window_right
     direct = plan is None and page_table.shape[1] * page_size <= DIRECT_KEYS
     if direct:
-        tile_start = first_tile = first_request = seqlens_k
+        unit_start = first_tile = first_request = seqlens_k
         programs = B
         part = part_lse = out
     else:
         if plan is None:
             shape = {"num_heads_q": Hq, "num_heads_kv": Hkv, "head_dim": D, "page_size": page_size, "q_len": q_len}
             plan = attention_decode_plan(seqlens_k, **shape, window=(window_left, -1), impl="triton")
-        tile_start, first_tile, first_request = plan
+        unit_start, first_tile, first_request = plan
         programs = first_request.shape[0]
         part = q.new_empty(2 * programs, Hkv, rows, Dv, dtype=torch.float32)
         part_lse = q.new_empty(2 * programs, Hkv, rows, dtype=torch.float32)
@@ -368,6 +383,7 @@ def launch(
     flags = {"HAS_LSE": out_lse is not None, "HAS_SINKS": sinks is not None}
     shape = {"KV_HEADS": Hkv, "GROUP": group, "Q_LEN": q_len, "DV": Dv, "BLOCK_DV": max(16, triton.next_power_of_2(Dv))}
     lse = out if out_lse is None else out_lse
+    early = has_dependent_launch(q.device)
     _decode_kernel[(Hkv, programs, row_blocks(rows))](
         out,
         lse,
@@ -379,7 +395,7 @@ def launch(
         page_table,
         seqlens_k,
         sink_values,
-        tile_start,
+        unit_start,
         first_tile,
         first_request,
         *out.stride()[:2],
@@ -397,12 +413,14 @@ def launch(
         HAS_RIGHT=right >= 0,
         HAS_CAP=bool(softcap),
         PAGE_SIZE=page_size,
+        LEAD=LEAD,
         TILE=TILE,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         D=D,
         BLOCK_D=max(16, triton.next_power_of_2(D)),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        EARLY=early and not direct,
         **shape,
         **flags,
         num_warps=config.num_warps,
@@ -416,12 +434,15 @@ def launch(
         part,
         part_lse,
         sink_values,
-        tile_start,
+        unit_start,
         *out.stride()[:2],
         B,
         programs,
+        LEAD=LEAD,
         PIECES=32,
+        EARLY=early,
         **shape,
         **flags,
         num_warps=4,
+        **({"launch_pdl": True} if early else {}),
     )
