@@ -1,7 +1,7 @@
 """FlashAttention-2 on packed queries; keys packed or in pages.
 
-A program owns BLOCK_M queries of one head and walks the blocks of keys that any of them sees. Only blocks that the diagonal, a
-window's edge or the end of the keys cuts are masked; the blocks between run a loop without masks. Tiles are ordered so that
+A program owns BLOCK_M queries of one head and walks the blocks of keys that any of them sees. Scores are masked
+only in blocks that the diagonal, a window's edge or the end of the keys cuts. Tiles are ordered so that
 the heads of one KV head are neighbours, a section's keys fit in the L2, and within a section the longest tiles come first.
 """
 
@@ -110,8 +110,9 @@ def _blocks(
     cap_scale,
     score_scale,
     first,
+    full_first,
+    full_end,
     last,
-    MASKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -123,7 +124,11 @@ def _blocks(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds the blocks of keys first..last-1; `own` is the key that each query stands on."""
+    """Adds the blocks of keys first..last-1; `own` is the key that each query stands on.
+
+    All queries see all keys of the blocks full_first..full_end-1. One loop runs through both kinds, so that the load pipeline
+    is filled once.
+    """
     steps = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)[None, :]
     v_columns = tl.arange(0, BLOCK_DV)[None, :]
@@ -140,31 +145,21 @@ def _blocks(
         v_at = rows_at(v_base, pages, block, v_page, v_slot, PAGE_SIZE, BLOCK_N) + v_columns
         if PAGE_SIZE > 0:
             pages = pages_of(table, block + 1, k_stop, PAGE_SIZE, BLOCK_N)
-        if MASKED:
-            k = tl.load(k_at, inside[:, None] & (columns < D), other=0.0)
-        elif D != BLOCK_D:
-            k = tl.load(k_at, columns < D, other=0.0)
-        else:
-            k = tl.load(k_at)
+        k = tl.load(k_at, inside[:, None] & (columns < D), other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if HAS_CAP:
             s = tanh(s * cap_scale)
-        if MASKED:
+        if (block < full_first) | (block >= full_end):
             visible = inside[None, :]
             if HAS_LEFT:
                 visible = visible & (keys[None, :] >= (own - left)[:, None])
             if HAS_RIGHT:
                 visible = visible & (keys[None, :] <= (own + right)[:, None])
             s = tl.where(visible, s, float("-inf"))
-        p, alpha, m = rescale(s, m, score_scale, MASKED)
+        p, alpha, m = rescale(s, m, score_scale, True)
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        if MASKED:
-            v = tl.load(v_at, inside[:, None] & (v_columns < DV), other=0.0)
-        elif DV != BLOCK_DV:
-            v = tl.load(v_at, v_columns < DV, other=0.0)
-        else:
-            v = tl.load(v_at)
+        v = tl.load(v_at, inside[:, None] & (v_columns < DV), other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, m, l
 
@@ -293,17 +288,9 @@ def _prefill_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_LEFT:
-        acc, m, l = _blocks(acc, m, l, q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, low, k_len, left, right,
-                            cap_scale, score_scale, first, full_first, True, HAS_LEFT, HAS_RIGHT, HAS_CAP, PAGE_SIZE, BLOCK_N,
-                            D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
-    # A window may have hidden every key so far from some row, whose maximum is then still -inf; the keys here are seen by all.
     acc, m, l = _blocks(acc, m, l, q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, low, k_len, left, right,
-                        cap_scale, score_scale, full_first, full_end, False, HAS_LEFT, HAS_RIGHT, HAS_CAP, PAGE_SIZE, BLOCK_N,
-                        D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
-    acc, m, l = _blocks(acc, m, l, q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, low, k_len, left, right,
-                        cap_scale, score_scale, full_end, end, True, HAS_LEFT, HAS_RIGHT, HAS_CAP, PAGE_SIZE, BLOCK_N,
-                        D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
+                        cap_scale, score_scale, first, full_first, full_end, end, HAS_LEFT, HAS_RIGHT, HAS_CAP, PAGE_SIZE,
+                        BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
     sink = 0.0
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
