@@ -37,6 +37,7 @@ class Choice:
         config: the best config, the default among them.
         gain: how many times faster it is than the default, the geometric mean over the cases.
         gains: for each config that was right how many times faster it is than the default.
+        default_us: what the default takes in each case, µs.
         refused: for each candidate without a number the reason.
     """
 
@@ -47,6 +48,7 @@ class Choice:
     cases: tuple[str, ...]
     gains: dict[str, float]
     refused: dict[str, str]
+    default_us: tuple[float, ...]
 
     @property
     def timed(self) -> int:
@@ -128,6 +130,7 @@ def _choose(
     configs = {DEFAULT: default, **{str(config): config for config in others}}
     refused: dict[str, str] = {}
     gains: dict[str, list[float]] = {}
+    default_us: list[float] = []
     for impl, case in users:
         arguments = with_plan(op, case.build(Make(device)))
         expected = list(expect(op, arguments))
@@ -145,6 +148,7 @@ def _choose(
             if name not in refused
         }
         series = measure(calls, device, budget=budget)
+        default_us.append(series[DEFAULT].median_us)
         for name in calls:
             gains.setdefault(name, []).append(ratio(series[DEFAULT], series[name]))
     means = {
@@ -161,6 +165,7 @@ def _choose(
         cases=tuple(case.name for _, case in users),
         gains=means,
         refused=refused,
+        default_us=tuple(default_us),
     )
 
 
@@ -202,8 +207,9 @@ def tune_from_command_line(
         paths: dict[Path, None] = {}
 
         def keep(choice: Choice, name: str = op.name, paths: dict[Path, None] = paths) -> None:
+            timed = ", ".join(f"{case} {us:.1f} µs" for case, us in zip(choice.cases, choice.default_us, strict=True))
             console.print(
-                f"{name} {choice.key}: {choice.config}, {choice.gain:.2f}x the default over {', '.join(choice.cases)}; "
+                f"{name} {choice.key}: {choice.config}, {choice.gain:.2f}x the default ({timed}); "
                 f"{choice.timed} configs timed, {len(choice.refused)} refused",
                 markup=False,
             )

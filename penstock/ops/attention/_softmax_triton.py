@@ -49,8 +49,10 @@ def finish(acc, m, l, sink, HAS_SINKS: tl.constexpr):
         l = tl.where(dead, 0.0, l * shrink + tl.exp2(sink - highest))
         acc = acc * shrink[:, None]
         m = tl.where(dead, m, highest)
-    acc = acc / tl.where(dead, 1.0, l)[:, None]
-    lse = tl.where(dead, float("-inf"), m + tl.log2(tl.where(dead, 1.0, l)))
+    l = tl.where(dead, 1.0, l)
+    # One division a row: a thread holds up to 128 values of acc.
+    acc = acc * (1.0 / l)[:, None]
+    lse = tl.where(dead, float("-inf"), m + tl.log2(l))
     return acc, lse
 
 
