@@ -42,7 +42,13 @@ def candidates(itemsize: int, width: int, pages: str, queries: str, causal: bool
     """Blocks of 64 queries, of which two programs share a multiprocessor, and of 128, which read the keys half as often."""
     if itemsize == 4:
         return
-    shapes = [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3)]
+    shapes = [
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        *[(128, 64, 8, stages) for stages in (2, 3, 4)],
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+    ]
     # Twice as wide, 64 queries on 4 warps spill 180 bytes beside the scores of as many keys.
     if width > 128:
         shapes = [(64, 32, 4, 2), (64, 32, 4, 3), (128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2)]
@@ -73,9 +79,8 @@ def configure(itemsize: int, width: int, pages: str, queries: str, causal: bool,
         return PrefillConfig(64, 64, 8 if width > 128 else 4, 2)
     if width > 128:
         return PrefillConfig(128, 64, 8, 2)
-    # A third stage beside a window's masks spills at D = 128.
     if width > 64:
-        return PrefillConfig(128, 64, 8, 2 if window else 3)
+        return PrefillConfig(128, 64, 8, 3)
     return PrefillConfig(128, 128, 8, 3)
 
 
