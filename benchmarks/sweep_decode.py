@@ -1,10 +1,10 @@
-"""Times attention_decode over what a table of launch configs cannot hold: programs a multiprocessor and a request's lead.
+"""Times attention_decode over what a table of launch configs cannot hold: programs a multiprocessor, a request's lead, a share.
 
     PYTHONPATH=. python benchmarks/sweep_decode.py --case 64x512_8_1 --case 1x16k_15x64
     PYTHONPATH=. python benchmarks/sweep_decode.py --device cpu --case ragged_lse --programs 1 2 --leads 0 2     # a dry run
 
 Every variant makes its own plan outside the timing, is checked against the reference, and is timed in alternation with the
-others. The winner becomes PROGRAMS_PER_SM and LEAD of penstock/ops/attention/decode_plan.py.
+others. The winner becomes PROGRAMS_PER_SM, LEAD and SHARE of penstock/ops/attention/decode_plan.py.
 """
 
 import argparse
@@ -15,12 +15,13 @@ from typing import Any
 
 
 @contextmanager
-def planned(programs: int, lead: int) -> Iterator[None]:
+def planned(programs: int, lead: int, share: int) -> Iterator[None]:
     """Inside, plans and kernels are made for these constants."""
     from penstock.ops.attention import decode_plan, decode_plan_triton, decode_triton
 
     places = [(decode_plan, "PROGRAMS_PER_SM", programs)]
-    places += [(module, "LEAD", lead) for module in (decode_plan, decode_plan_triton, decode_triton)]
+    for module in (decode_plan, decode_plan_triton, decode_triton):
+        places += [(module, "LEAD", lead), (module, "SHARE", share)]
     before = [(module, name, getattr(module, name)) for module, name, _ in places]
     for module, name, value in places:
         setattr(module, name, value)
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", required=True, help="cases whose name contains this")
     parser.add_argument("--programs", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--leads", type=int, nargs="+", default=[0, 2, 4])
+    parser.add_argument("--share", type=int, default=2)
     parser.add_argument("--budget", type=float, default=0.6, help="seconds of sampling for each case and config")
     options = parser.parse_args()
     if options.device == "cpu":
@@ -59,7 +61,7 @@ def main() -> None:
 
     def call_of(arguments: Arguments, config: DecodeConfig, programs: int, lead: int) -> Callable[[], Any]:
         def call() -> Any:
-            with planned(programs, lead), configure.forced(config):
+            with planned(programs, lead, options.share), configure.forced(config):
                 return attention_decode(**arguments, impl="triton")
 
         return call
@@ -75,7 +77,7 @@ def main() -> None:
             for programs in options.programs:
                 for lead in options.leads:
                     name = f"programs {programs} lead {lead} {config}"
-                    with planned(programs, lead):
+                    with planned(programs, lead, options.share):
                         ready = [with_plan(attention_decode, arguments) for arguments in sets]
                         with configure.forced(config):
                             fault = verify(attention_decode, "triton", ready[0], expected)

@@ -18,6 +18,8 @@ MAX_ROWS = 64
 # A request costs this many tiles more than it has: to find its pages and fill the load pipeline. Programs with many short
 # requests would otherwise be the last to finish.
 LEAD = 2
+# Fewest units of a program: a long request alone is cut into half as many pieces, which are summed one after another.
+SHARE = 2
 # The decode kernel's registers and shared memory leave room for two programs on a multiprocessor.
 PROGRAMS_PER_SM = 2
 
@@ -27,7 +29,7 @@ class DecodePlan(NamedTuple):
 
     Unit u of the work belongs to the request b with unit_start[b] <= u < unit_start[b+1]. A request's first two units stand for
     the cost of beginning it; each of the others is a tile of 64 keys, the first of them from key 64 · first_tile[b]. Of C
-    programs, n = min(C, units in all) have work; program c takes the units from c · units // n to (c + 1) · units // n.
+    programs, n = min(C, ⌈units in all / 2⌉) have work; program c takes the units from c · units // n to (c + 1) · units // n.
 
     Args:
         unit_start: [B+1] units of the requests before b.
@@ -136,7 +138,7 @@ def _reference(
     unit_start = torch.cat([unit_end.new_zeros(1), unit_end])
     total = int(unit_start[-1])
     C = num_programs(seqlens_k.device, num_heads_q, num_heads_kv, q_len)
-    working = min(C, total)
+    working = min(C, -(-total // SHARE))
     starts = torch.arange(C, device=seqlens_k.device) * total // max(working, 1)
     first_request = torch.searchsorted(unit_end, starts, right=True)
     first_request[working:] = len(lengths)

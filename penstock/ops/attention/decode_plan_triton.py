@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.ops.attention.decode_plan import LEAD, TILE
+from penstock.ops.attention.decode_plan import LEAD, SHARE, TILE
 
 
 @triton.jit
@@ -30,6 +30,7 @@ def _plan_kernel(
     left,
     HAS_LEFT: tl.constexpr,
     LEAD: tl.constexpr,
+    SHARE: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -39,7 +40,7 @@ def _plan_kernel(
     for b in tl.range(0, B, BLOCK):
         units, _ = _units(seqlens_ptr, b + steps, B, q_len, left, HAS_LEFT, LEAD, TILE)
         total += tl.sum(units)
-    working = tl.minimum(C, total)
+    working = tl.minimum(C, tl.cdiv(total, SHARE))
     entries = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     # 64 bits: entries times units passes 2^31 from about 8 million tiles.
     starts = entries.to(tl.int64) * total // tl.maximum(working, 1)
@@ -77,6 +78,7 @@ def launch(
         window_left,
         HAS_LEFT=window_left >= 0,
         LEAD=LEAD,
+        SHARE=SHARE,
         TILE=TILE,
         BLOCK=256,
         ENTRIES=entries,

@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from penstock.core.device import has_dependent_launch
+from penstock.core.device import has_dependent_launch, num_sms
 from penstock.core.tuning import tuned
 from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, page_kind, pages_of, rows_at, tanh
-from penstock.ops.attention.decode_plan import LEAD, MAX_ROWS, TILE, attention_decode_plan, row_blocks
+from penstock.ops.attention.decode_plan import LEAD, MAX_ROWS, SHARE, TILE, attention_decode_plan, row_blocks
 
 # Up to this many keys a request is one program's work: a schedule and a second kernel would cost more than they spread.
 DIRECT_KEYS = 256
@@ -175,6 +175,7 @@ def _decode_kernel(
     HAS_CAP: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     LEAD: tl.constexpr,
+    SHARE: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -209,7 +210,7 @@ def _decode_kernel(
         end = 1
     else:
         total = tl.load(unit_start_ptr + num_requests)
-        working = tl.maximum(tl.minimum(tl.num_programs(1), total), 1)
+        working = tl.maximum(tl.minimum(tl.num_programs(1), tl.cdiv(total, SHARE)), 1)
         unit = (program.to(tl.int64) * total // working).to(tl.int32)
         end = tl.minimum(((program + 1).to(tl.int64) * total // working).to(tl.int32), total)
         request = tl.load(first_request_ptr + program)
@@ -279,6 +280,7 @@ def _combine_kernel(
     HAS_LSE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     LEAD: tl.constexpr,
+    SHARE: tl.constexpr,
     PIECES: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -290,7 +292,7 @@ def _combine_kernel(
     begin = tl.load(unit_start_ptr + request)
     end = tl.load(unit_start_ptr + request + 1)
     total = tl.load(unit_start_ptr + num_requests)
-    working = tl.maximum(tl.minimum(C, total), 1).to(tl.int64)
+    working = tl.maximum(tl.minimum(C, tl.cdiv(total, SHARE)), 1).to(tl.int64)
     divisor = tl.maximum(total, 1)
     # The program whose run holds unit u is the last c with c · total // working <= u.
     first = (((begin + LEAD + 1) * working - 1) // divisor).to(tl.int32)
@@ -415,6 +417,7 @@ def launch(
         HAS_CAP=bool(softcap),
         PAGE_SIZE=page_size,
         LEAD=LEAD,
+        SHARE=SHARE,
         TILE=TILE,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
@@ -429,6 +432,9 @@ def launch(
     )
     if direct:
         return
+    # With few KV heads there are many programs, and a long request has hundreds of pieces: a small batch leaves the registers to
+    # hold 128 of them at once.
+    wide = programs > 64 and T * Hq <= 2 * num_sms(q.device)
     _combine_kernel[(T, Hq)](
         out,
         lse,
@@ -440,10 +446,11 @@ def launch(
         B,
         programs,
         LEAD=LEAD,
-        PIECES=32,
+        SHARE=SHARE,
+        PIECES=128 if wide else 32,
         EARLY=early,
         **shape,
         **flags,
-        num_warps=4,
+        num_warps=8 if wide else 4,
         **({"launch_pdl": True} if early else {}),
     )

@@ -11,7 +11,7 @@ from penstock.core.op import NotSupported
 from penstock.ops.attention import _cases
 from penstock.ops.attention.decode import attention_decode
 from penstock.ops.attention.decode_cpu import CALL_IN_KEYS, GATHERED_BYTES, batches
-from penstock.ops.attention.decode_plan import LEAD, TILE, DecodePlan, attention_decode_plan, num_programs
+from penstock.ops.attention.decode_plan import LEAD, SHARE, TILE, DecodePlan, attention_decode_plan, num_programs
 from penstock.ops.attention.prefill_paged import attention_prefill_paged
 from penstock.testing import check_case
 
@@ -24,7 +24,7 @@ def runs(plan: DecodePlan) -> list[list[tuple[int, int]]]:
     """Each program's units as (request, tile of the request or -1), read off the plan the way the kernel does."""
     unit_start, first_tile, first_request = (values.tolist() for values in plan)
     total, C = unit_start[-1], len(first_request)
-    working = min(C, total)
+    working = min(C, -(-total // SHARE))
     found = []
     for c in range(C):
         own = []
@@ -59,7 +59,8 @@ def test_every_tile_is_assigned_once_and_work_is_equal(seqlens, heads, q_len, le
     assert [unit for own in work for unit in own if unit[1] >= 0] == wanted
     sizes = [len(own) for own in work if own]
     assert not sizes or max(sizes) - min(sizes) <= 1
-    assert len(sizes) == min(len(work), len(wanted) + LEAD * len({b for b, _ in wanted}))
+    units = len(wanted) + LEAD * len({b for b, _ in wanted})
+    assert len(sizes) == min(len(work), -(-units // SHARE))
     assert len(work) == num_programs(lengths.device, *heads, q_len)
     assert all(values.dtype == torch.int32 for values in plan)
 
@@ -115,7 +116,7 @@ def test_any_number_of_programs_gives_the_same_result(device):
         tiles = torch.tensor([5, 0, 3, 1])
         ends = torch.where(tiles > 0, tiles + LEAD, 0).cumsum(0)
         total = int(ends[-1])
-        starts = torch.arange(C) * total // min(C, total)
+        starts = torch.arange(C) * total // min(C, -(-total // SHARE))
         first_request = torch.searchsorted(ends, starts, right=True).int()
         unit_start = torch.cat([ends.new_zeros(1), ends]).int()
         plan = DecodePlan(unit_start.to(device), torch.zeros(4, dtype=torch.int32, device=device), first_request.to(device))
