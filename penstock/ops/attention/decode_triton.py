@@ -432,8 +432,8 @@ def launch(
     )
     if direct:
         return
-    # With few KV heads there are many programs, and a long request has hundreds of pieces: a small batch leaves the registers to
-    # hold 128 of them at once.
+    # With few KV heads there are many programs, and a long request has hundreds of pieces. A small batch leaves the registers
+    # to hold 128 of them at once.
     wide = programs > 64 and T * Hq <= 2 * num_sms(q.device)
     _combine_kernel[(T, Hq)](
         out,

@@ -125,6 +125,19 @@ def test_any_number_of_programs_gives_the_same_result(device):
         torch.testing.assert_close(lse, want_lse, atol=1e-6, rtol=1e-5)
 
 
+def test_many_pieces_of_one_request(device, monkeypatch):
+    monkeypatch.setattr("penstock.ops.attention.decode_plan.PROGRAMS_PER_SM", 1 if device == "cuda" else 20)
+    lengths = [TILE * 150 + 3, 70, 0]
+    arguments = _cases.decode("pieces", lengths, 2, 1, 16, dtype=torch.float32, return_lse=True).build(Make(device))
+    heads = {"num_heads_q": 2, "num_heads_kv": 1, "head_dim": 16, "page_size": 16}
+    plan = attention_decode_plan(arguments["seqlens_k"], **heads)
+    assert plan.first_request.numel() > 64
+    out, lse = attention_decode(**arguments, plan=plan, impl="triton")
+    want, want_lse = attention_decode(**arguments, impl="reference")
+    torch.testing.assert_close(out, want, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(lse, want_lse, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("q_len", range(1, 9))
 def test_q_len_equals_paged_prefill(device, q_len):
     arguments = _cases.decode("steps", [90, 2, 70], 2, 1, 32, q_len=q_len, dtype=torch.float32, return_lse=True).build(
