@@ -72,7 +72,8 @@ def bench(
     if tune:
         from penstock.bench.tune import tune_from_command_line
 
-        tune_from_command_line(console, [known[target] for target in targets], where, budget=budget, quick=quick, output=output)
+        operators = [known[target] for target in targets]
+        tune_from_command_line(console, operators, where, case=case, impls=impl, budget=budget, quick=quick, output=output)
         return
     _operators(console, targets, where, case, impl, peer, 0.1 if quick else budget, quick, host, output)
 

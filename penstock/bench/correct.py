@@ -34,15 +34,20 @@ ROWWISE = {
 ROWS = 16
 
 
-def verify(op: Op, impl: str, arguments: Arguments) -> str:
-    """Why the implementation's results on these arguments are wrong, or "" when they are right."""
+# What a part of a call must give: the rows of the whole that it holds (None: all), exactly, and in the inputs' own dtype.
+Expected = list[tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]]
+
+
+def verify(op: Op, impl: str, arguments: Arguments, expected: Expected | None = None) -> str:
+    """Why the implementation's results on these arguments are wrong, or "" when they are right.
+
+    Args:
+        expected: what `expect` gave for the arguments, where several contestants are judged by it.
+    """
     with torch.no_grad():
         with poisoned():
             got = results(op, copy_arguments(arguments), impl)
-        plain = "baseline" if op.has_baseline else "reference"
-        for part, rows in _parts(op, arguments):
-            exact = results(op, _widen(copy_arguments(part)), "reference")
-            same = results(op, copy_arguments(part), plain)
+        for rows, exact, same in expect(op, arguments) if expected is None else expected:
             if not len(got) == len(exact) == len(same):
                 return f"{len(got)} results, the reference has {len(exact)}"
             for name, value in got.items():
@@ -52,6 +57,15 @@ def verify(op: Op, impl: str, arguments: Arguments) -> str:
                 except AssertionError as error:
                     return str(error)
     return ""
+
+
+def expect(op: Op, arguments: Arguments) -> Iterator[tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]]:
+    """The results that the operator's reference gives, part by part."""
+    plain = "baseline" if op.has_baseline else "reference"
+    with torch.no_grad():
+        for part, rows in _parts(op, arguments):
+            exact = results(op, _widen(copy_arguments(part)), "reference")
+            yield rows, exact, results(op, copy_arguments(part), plain)
 
 
 def results(op: Op, arguments: Arguments, impl: str) -> dict[str, Tensor]:

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from penstock.bench.correct import verify
+from penstock.bench.correct import Expected, expect, verify
 from penstock.bench.inputs import Arguments, rotation
+from penstock.bench.run import with_plan
 from penstock.bench.timing import Call, measure, ratio
 from penstock.core.cases import Case, Make
 from penstock.core.device import properties
 from penstock.core.op import NotSupported, Op
 from penstock.core.tuning import Tunable, watching, write_table
 
+# Candidates that a test of the way times beside the default.
+QUICK = 2
 # Less than this is what two measurements of one config differ by.
 MARGIN = 1.01
 DEFAULT = "default"
@@ -33,7 +36,8 @@ class Choice:
     Args:
         config: the best config, the default among them.
         gain: how many times faster it is than the default, the geometric mean over the cases.
-        timed: candidates that were right.
+        gains: for each config that was right how many times faster it is than the default.
+        default_us: what the default takes in each case, µs.
         refused: for each candidate without a number the reason.
     """
 
@@ -42,8 +46,14 @@ class Choice:
     config: Any
     gain: float
     cases: tuple[str, ...]
-    timed: int
+    gains: dict[str, float]
     refused: dict[str, str]
+    default_us: tuple[float, ...]
+
+    @property
+    def timed(self) -> int:
+        """Configs that were right."""
+        return len(self.gains)
 
 
 def tune_operator(
@@ -53,6 +63,7 @@ def tune_operator(
     device: torch.device,
     impls: Sequence[str] | None = None,
     budget: float = 1.0,
+    limit: int | None = None,
     on_choice: Callable[[Choice], None] | None = None,
 ) -> list[Choice]:
     """Times the candidates of every launch config that the operator's cases look up.
@@ -61,19 +72,21 @@ def tune_operator(
         cases: default: those marked `bench`.
         impls: default: every implementation that takes the case.
         budget: seconds of sampling for each signature and case.
+        limit: candidates of a signature, the first ones; all by default.
+        on_choice: told of each choice as it is made.
     """
     cases = [case for case in op.all_cases() if case.bench] if cases is None else cases
     places: dict[tuple[int, tuple[Any, ...]], list[tuple[str, Case]]] = {}
     tunables: dict[int, Tunable[Any]] = {}
     for case in cases:
-        arguments = case.build(Make(device))
+        arguments = with_plan(op, case.build(Make(device)))
         for name in impls or op.implementations:
             for tunable, signature in _looked_up(op, name, arguments):
                 tunables[id(tunable)] = tunable
                 places.setdefault((id(tunable), signature), []).append((name, case))
     choices = []
     for (identity, signature), users in places.items():
-        choice = _choose(op, tunables[identity], signature, users, device, budget)
+        choice = _choose(op, tunables[identity], signature, users, device, budget, limit)
         choices.append(choice)
         if on_choice:
             on_choice(choice)
@@ -110,19 +123,23 @@ def _choose(
     users: Sequence[tuple[str, Case]],
     device: torch.device,
     budget: float,
+    limit: int | None,
 ) -> Choice:
     default = tunable.default(*signature)
-    configs = {DEFAULT: default}
-    configs.update({str(config): config for config in tunable.candidates(*signature) if config != default})
+    others = [config for config in tunable.candidates(*signature) if config != default][:limit]
+    configs = {DEFAULT: default, **{str(config): config for config in others}}
     refused: dict[str, str] = {}
     gains: dict[str, list[float]] = {}
+    default_us: list[float] = []
     for impl, case in users:
-        arguments = case.build(Make(device))
+        arguments = with_plan(op, case.build(Make(device)))
+        expected = list(expect(op, arguments))
         for name, config in configs.items():
-            if name not in refused and (reason := _wrong(op, impl, tunable, config, arguments)):
+            if name not in refused and (reason := _wrong(op, impl, tunable, config, arguments, expected)):
                 refused[name] = reason
         if DEFAULT in refused:
             raise RuntimeError(f"{op.name} {impl}, case {case.name}: the default config is wrong: {refused[DEFAULT]}")
+        del expected
         with torch.no_grad():
             sets = rotation(arguments, op(**arguments, impl=impl), None, device)
         calls = {
@@ -131,6 +148,7 @@ def _choose(
             if name not in refused
         }
         series = measure(calls, device, budget=budget)
+        default_us.append(series[DEFAULT].median_us)
         for name in calls:
             gains.setdefault(name, []).append(ratio(series[DEFAULT], series[name]))
     means = {
@@ -145,8 +163,9 @@ def _choose(
         config=configs[best],
         gain=means[best],
         cases=tuple(case.name for _, case in users),
-        timed=len(means),
+        gains=means,
         refused=refused,
+        default_us=tuple(default_us),
     )
 
 
@@ -158,37 +177,53 @@ def _forced(op: Op, impl: str, tunable: Tunable[Any], config: Any, arguments: Ar
     return call
 
 
-def _wrong(op: Op, impl: str, tunable: Tunable[Any], config: Any, arguments: Arguments) -> str:
+def _wrong(op: Op, impl: str, tunable: Tunable[Any], config: Any, arguments: Arguments, expected: Expected) -> str:
     """Why a candidate cannot be used, or "": it must launch and agree with the reference."""
     try:
         with tunable.forced(config):
-            return verify(op, impl, arguments)
+            return verify(op, impl, arguments, expected)
     except Exception as error:
         # Too much shared memory, too many registers: the compiler's answer is this candidate's result.
         return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def tune_from_command_line(
-    console: Console, ops: Sequence[Op], device: torch.device, *, budget: float, quick: bool, output: Path | None
+    console: Console,
+    ops: Sequence[Op],
+    device: torch.device,
+    *,
+    case: Sequence[str] = (),
+    impls: Sequence[str] = (),
+    budget: float,
+    quick: bool,
+    output: Path | None,
 ) -> None:
     """`penstock bench OP --tune`: writes the tables and says what was chosen."""
     for op in ops:
-        cases = None
-        if quick or device.type == "cpu":
-            cases = [case for case in op.all_cases() if not case.bench and "empty" not in case.name][:2]
-        impls = [name for name, impl in op.implementations.items() if impl.needs != ("cpu",)]
+        cases = [c for c in op.all_cases() if (any(word in c.name for word in case) if case else c.bench)]
+        if not case and (quick or device.type == "cpu"):
+            cases = [c for c in op.all_cases() if not c.bench and "empty" not in c.name][:2]
+        names = impls or [name for name, impl in op.implementations.items() if impl.needs != ("cpu",)]
+        paths: dict[Path, None] = {}
 
-        def say(choice: Choice, name: str = op.name) -> None:
+        def keep(choice: Choice, name: str = op.name, paths: dict[Path, None] = paths) -> None:
+            timed = ", ".join(f"{case} {us:.1f} µs" for case, us in zip(choice.cases, choice.default_us, strict=True))
             console.print(
-                f"{name} {choice.key}: {choice.config}, {choice.gain:.2f}x the default over {', '.join(choice.cases)}; "
-                f"{choice.timed} candidates timed, {len(choice.refused)} refused",
+                f"{name} {choice.key}: {choice.config}, {choice.gain:.2f}x the default ({timed}); "
+                f"{choice.timed} configs timed, {len(choice.refused)} refused",
                 markup=False,
             )
+            for candidate, gain in sorted(choice.gains.items(), key=lambda pair: -pair[1]):
+                console.print(f"  {gain:.3f} {candidate}", markup=False)
             for candidate, reason in choice.refused.items():
-                console.print(f"  {candidate}: {reason}", markup=False)
+                console.print(f"  refused {candidate}: {reason}", markup=False)
+            # Written after every choice: the time may end before the last.
+            paths.update(dict.fromkeys(write_choices([choice], device, output)))
 
-        choices = tune_operator(op, cases, device=device, impls=impls, budget=0.05 if quick else budget, on_choice=say)
+        budget = 0.05 if quick else budget
+        limit = QUICK if quick else None
+        choices = tune_operator(op, cases, device=device, impls=names, budget=budget, limit=limit, on_choice=keep)
         if not choices:
             console.print(f"{op.name}: its cases look up no launch config", markup=False)
-        for path in write_choices(choices, device, output):
+        for path in paths:
             console.print(f"@done {path}", markup=False)

@@ -52,6 +52,11 @@ def has_tma(device: torch.device) -> bool:
     return properties(device).capability >= (9, 0)
 
 
+def has_dependent_launch(device: torch.device) -> bool:
+    """A kernel can be launched before the one it follows has ended: Hopper and later."""
+    return properties(device).capability >= (9, 0)
+
+
 def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors."""
     return properties(device).num_sms

@@ -8,6 +8,7 @@ from penstock.bench.tune import tune_operator, write_choices
 from penstock.core.cases import Case
 from penstock.core.features import interpreting
 from penstock.core.tuning import read_table
+from penstock.ops.attention import _cases
 
 CPU = torch.device("cpu")
 
@@ -35,6 +36,26 @@ def test_rms_norm_is_tuned_and_its_table_is_looked_up(tmp_path):
     assert path.name == "rms_norm_tuned.json"
     assert read_table(path)["Triton interpreter"].keys() == {"N=256", "N=512"}
     assert not configure.table.exists() or "Triton interpreter" not in read_table(configure.table)
+
+
+def attention_case(op):
+    if op == "attention_decode":
+        return _cases.decode("tiny", [70, 300], 2, 1, 16)
+    return _cases.prefill("tiny", [(9, 20)], 2, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("attention_decode", "itemsize=2 width=16 rows=16 pages=small"),
+        ("attention_prefill", "itemsize=2 width=16 pages=none queries=short causal=True window=False"),
+    ],
+)
+def test_attention_is_tuned(tmp_path, name, key):
+    choices = tune_operator(catalogue()[name], [attention_case(name)], device=CPU, impls=["triton"], budget=0.001, limit=1)
+    assert [choice.key for choice in choices] == [key]
+    assert choices[0].refused == {} and choices[0].timed == 2
+    assert write_choices(choices, CPU, tmp_path) == [tmp_path / f"{name.removeprefix('attention_')}_tuned.json"]
 
 
 def test_a_wrong_candidate_is_refused(monkeypatch):

@@ -7,6 +7,11 @@ LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+def page_kind(page_size: int) -> str:
+    """What a table of launch configs tells apart: no pages, pages within a block of keys, or a block within a page."""
+    return "none" if page_size == 0 else "small" if page_size < 64 else "large"
+
+
 @triton.jit
 def tanh(x):
     """(1 - e) / (1 + e) with e = exp(-2|x|); near zero, where that cancels, the series."""
@@ -44,8 +49,10 @@ def finish(acc, m, l, sink, HAS_SINKS: tl.constexpr):
         l = tl.where(dead, 0.0, l * shrink + tl.exp2(sink - highest))
         acc = acc * shrink[:, None]
         m = tl.where(dead, m, highest)
-    acc = acc / tl.where(dead, 1.0, l)[:, None]
-    lse = tl.where(dead, float("-inf"), m + tl.log2(tl.where(dead, 1.0, l)))
+    l = tl.where(dead, 1.0, l)
+    # One division a row: a thread holds up to 128 values of acc.
+    acc = acc * (1.0 / l)[:, None]
+    lse = tl.where(dead, float("-inf"), m + tl.log2(l))
     return acc, lse
 
 

@@ -1,4 +1,4 @@
-"""Requests cut into tiles of 64 keys; contiguous ranges of tiles, equal to within one, for a fixed number of programs."""
+"""Requests cut into tiles of 64 keys; contiguous ranges of equal work, to within one tile, for a fixed number of programs."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -15,6 +15,11 @@ from penstock.ops.attention import _options
 TILE = 64
 # Query rows (heads of one group × q_len) that one program of the decode kernel takes at most.
 MAX_ROWS = 64
+# A request costs this many tiles more than it has: to find its pages and fill the load pipeline. Programs with many short
+# requests would otherwise be the last to finish.
+LEAD = 2
+# Fewest units of a program: a long request alone is cut into half as many pieces, which are summed one after another.
+SHARE = 2
 # The decode kernel's registers and shared memory leave room for two programs on a multiprocessor.
 PROGRAMS_PER_SM = 2
 
@@ -22,17 +27,17 @@ PROGRAMS_PER_SM = 2
 class DecodePlan(NamedTuple):
     """A schedule of attention_decode; all int32, on the device of the lengths.
 
-    Tile t of the batch belongs to the request b with tile_start[b] <= t < tile_start[b+1] and holds its keys from
-    64 · (first_tile[b] + t - tile_start[b]). Of C programs, n = min(C, tiles in all) have work; program c takes the tiles from
-    c · tiles // n to (c + 1) · tiles // n.
+    Unit u of the work belongs to the request b with unit_start[b] <= u < unit_start[b+1]. A request's first two units stand for
+    the cost of beginning it; each of the others is a tile of 64 keys, the first of them from key 64 · first_tile[b]. Of C
+    programs, n = min(C, ⌈units in all / 2⌉) have work; program c takes the units from c · units // n to (c + 1) · units // n.
 
     Args:
-        tile_start: [B+1] tiles of the requests before b.
+        unit_start: [B+1] units of the requests before b.
         first_tile: [B] tiles at the front that the window hides.
-        first_request: [C] the request of each program's first tile; B for a program with no work.
+        first_request: [C] the request of each program's first unit; B for a program with no work.
     """
 
-    tile_start: Tensor
+    unit_start: Tensor
     first_tile: Tensor
     first_request: Tensor
 
@@ -53,7 +58,7 @@ SPEC = {
 
 
 @op(
-    "(Tensor(a!) out_tile_start, Tensor(b!) out_first_tile, Tensor(c!) out_first_request, Tensor seqlens_k, int num_heads_q,"
+    "(Tensor(a!) out_unit_start, Tensor(b!) out_first_tile, Tensor(c!) out_first_request, Tensor seqlens_k, int num_heads_q,"
     " int num_heads_kv, int head_dim, int page_size, int q_len, int window_left) -> ()",
     SPEC,
 )
@@ -128,20 +133,21 @@ def _reference(
     lengths = seqlens_k.long()
     hidden = (lengths - q_len - window_left).clamp(min=0) if window_left >= 0 else torch.zeros_like(lengths)
     first_tile = hidden // TILE
-    tile_end = ((lengths + TILE - 1) // TILE - first_tile).cumsum(0)
-    tile_start = torch.cat([tile_end.new_zeros(1), tile_end])
-    total = int(tile_start[-1])
+    tiles = (lengths + TILE - 1) // TILE - first_tile
+    unit_end = torch.where(tiles > 0, tiles + LEAD, 0).cumsum(0)
+    unit_start = torch.cat([unit_end.new_zeros(1), unit_end])
+    total = int(unit_start[-1])
     C = num_programs(seqlens_k.device, num_heads_q, num_heads_kv, q_len)
-    working = min(C, total)
+    working = min(C, -(-total // SHARE))
     starts = torch.arange(C, device=seqlens_k.device) * total // max(working, 1)
-    first_request = torch.searchsorted(tile_end, starts, right=True)
+    first_request = torch.searchsorted(unit_end, starts, right=True)
     first_request[working:] = len(lengths)
-    return tile_start.int(), first_tile.int(), first_request.int()
+    return unit_start.int(), first_tile.int(), first_request.int()
 
 
 @attention_decode_plan.impl("triton", needs=("triton",))
 def _triton(
-    tile_start: Tensor,
+    unit_start: Tensor,
     first_tile: Tensor,
     first_request: Tensor,
     seqlens_k: Tensor,
@@ -154,7 +160,7 @@ def _triton(
 ) -> None:
     from penstock.ops.attention.decode_plan_triton import launch
 
-    launch(tile_start, first_tile, first_request, seqlens_k, q_len, window_left)
+    launch(unit_start, first_tile, first_request, seqlens_k, q_len, window_left)
 
 
 @attention_decode_plan.cost

@@ -4,22 +4,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.ops.attention.decode_plan import TILE
+from penstock.ops.attention.decode_plan import LEAD, SHARE, TILE
 
 
 @triton.jit
-def _tiles(seqlens_ptr, requests, B, q_len, left, HAS_LEFT: tl.constexpr, TILE: tl.constexpr):
-    """(tiles, hidden tiles) of these requests; none past the last."""
+def _units(seqlens_ptr, requests, B, q_len, left, HAS_LEFT: tl.constexpr, LEAD: tl.constexpr, TILE: tl.constexpr):
+    """(units, hidden tiles) of these requests; none past the last."""
     length = tl.load(seqlens_ptr + requests, requests < B, other=0)
     hidden = tl.zeros_like(length)
     if HAS_LEFT:
         hidden = tl.maximum(length - q_len - left, 0) // TILE
-    return (length + TILE - 1) // TILE - hidden, hidden
+    tiles = (length + TILE - 1) // TILE - hidden
+    return tl.where(tiles > 0, tiles + LEAD, 0), hidden
 
 
 @triton.jit(do_not_specialize=["B", "C", "q_len", "left"])
 def _plan_kernel(
-    tile_start_ptr,
+    unit_start_ptr,
     first_tile_ptr,
     first_request_ptr,
     seqlens_ptr,
@@ -28,6 +29,8 @@ def _plan_kernel(
     q_len,
     left,
     HAS_LEFT: tl.constexpr,
+    LEAD: tl.constexpr,
+    SHARE: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -35,37 +38,37 @@ def _plan_kernel(
     steps = tl.arange(0, BLOCK)
     total = 0
     for b in tl.range(0, B, BLOCK):
-        tiles, _ = _tiles(seqlens_ptr, b + steps, B, q_len, left, HAS_LEFT, TILE)
-        total += tl.sum(tiles)
-    working = tl.minimum(C, total)
+        units, _ = _units(seqlens_ptr, b + steps, B, q_len, left, HAS_LEFT, LEAD, TILE)
+        total += tl.sum(units)
+    working = tl.minimum(C, tl.cdiv(total, SHARE))
     entries = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
-    # 64 bits: entries times tiles passes 2^31 from about 8 million tiles.
+    # 64 bits: entries times units passes 2^31 from about 8 million tiles.
     starts = entries.to(tl.int64) * total // tl.maximum(working, 1)
     before = 0
     passed = tl.zeros([ENTRIES], tl.int32)
     for b in tl.range(0, B, BLOCK):
         requests = b + steps
-        tiles, hidden = _tiles(seqlens_ptr, requests, B, q_len, left, HAS_LEFT, TILE)
-        ends = before + tl.cumsum(tiles)
-        before += tl.sum(tiles)
+        units, hidden = _units(seqlens_ptr, requests, B, q_len, left, HAS_LEFT, LEAD, TILE)
+        ends = before + tl.cumsum(units)
+        before += tl.sum(units)
         ended = (ends[None, :] <= starts[:, None]) & (requests < B)[None, :]
         passed += tl.sum(ended.to(tl.int32), 1)
         if tl.program_id(0) == 0:
-            tl.store(tile_start_ptr + 1 + requests, ends, requests < B)
+            tl.store(unit_start_ptr + 1 + requests, ends, requests < B)
             tl.store(first_tile_ptr + requests, hidden, requests < B)
     if tl.program_id(0) == 0:
-        tl.store(tile_start_ptr, 0)
+        tl.store(unit_start_ptr, 0)
     tl.store(first_request_ptr + entries, tl.where(entries < working, passed, B), entries < C)
 
 
 def launch(
-    tile_start: Tensor, first_tile: Tensor, first_request: Tensor, seqlens_k: Tensor, q_len: int, window_left: int
+    unit_start: Tensor, first_tile: Tensor, first_request: Tensor, seqlens_k: Tensor, q_len: int, window_left: int
 ) -> None:
     """Launches over the plan's programs, 32 to a program."""
     C = first_request.shape[0]
     entries = 32
     _plan_kernel[(triton.cdiv(C, entries),)](
-        tile_start,
+        unit_start,
         first_tile,
         first_request,
         seqlens_k,
@@ -74,6 +77,8 @@ def launch(
         q_len,
         window_left,
         HAS_LEFT=window_left >= 0,
+        LEAD=LEAD,
+        SHARE=SHARE,
         TILE=TILE,
         BLOCK=256,
         ENTRIES=entries,

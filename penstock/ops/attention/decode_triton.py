@@ -1,20 +1,24 @@
-"""Split-KV decode: equal runs of KV tiles to a fixed number of programs, then one fixed-order sum of their pieces.
+"""Split-KV decode: equal runs of work to a fixed number of programs, then one fixed-order sum of their pieces.
 
 All query heads of one KV head, times q_len, are the rows of one matrix: the keys are read once for all of them. A program walks
-its run of tiles request by request. A request that lies in one run is finished there; of the others each run leaves a piece, a
+its run of units request by request. A request that lies in one run is finished there; of the others each run leaves a piece, a
 normalised result with its log-sum-exp, in one of the program's two scratch slots: a run can only begin in the middle of one
 request (slot 2c) and end in the middle of one (slot 2c+1). The second kernel adds a request's pieces in the order of its keys.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, pages_of, rows_at, tanh
-from penstock.ops.attention.decode_plan import MAX_ROWS, TILE, attention_decode_plan, row_blocks
+from penstock.core.device import has_dependent_launch, num_sms
+from penstock.core.tuning import tuned
+from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, page_kind, pages_of, rows_at, tanh
+from penstock.ops.attention.decode_plan import LEAD, MAX_ROWS, SHARE, TILE, attention_decode_plan, row_blocks
 
 # Up to this many keys a request is one program's work: a schedule and a second kernel would cost more than they spread.
 DIRECT_KEYS = 256
@@ -29,26 +33,32 @@ class DecodeConfig:
     num_stages: int
 
 
-def decode_config(dtype: torch.dtype, D: int, Dv: int, rows: int) -> DecodeConfig:
-    """The configuration for a call; `candidates` lists what a tuner may try instead."""
-    width = max(triton.next_power_of_2(D), triton.next_power_of_2(Dv)) * dtype.itemsize
-    # float32 products run on the CUDA cores, which hold a whole operand in registers.
-    widest = 32 if dtype == torch.float32 or rows > 32 else TILE
-    if rows > 32 and width == 512 and dtype != torch.float32:
-        return DecodeConfig(32, 8, 3)
-    return DecodeConfig(min(widest, max(16, TILE * 256 // width)), 4, 4)
-
-
-def candidates(dtype: torch.dtype, D: int, Dv: int, rows: int) -> list[DecodeConfig]:
+def candidates(itemsize: int, width: int, rows: int, pages: str) -> Iterator[DecodeConfig]:
     """Configurations that leave room for two programs on a multiprocessor."""
-    row_bytes = (triton.next_power_of_2(D) + triton.next_power_of_2(Dv)) * dtype.itemsize
-    return [
-        DecodeConfig(block_n, num_warps, stages)
-        for block_n in (16, 32, TILE)
-        for num_warps in (2, 4, 8)
-        for stages in (2, 3, 4, 5)
-        if (stages - 1) * block_n * row_bytes <= 100_000
-    ]
+    # At D = 128 eight warps need 176 registers a thread: one program alone would fill the multiprocessor.
+    shapes = [(64, 4, 4), (64, 4, 3), (64, 2, 4), (32, 4, 6), (32, 4, 4), (32, 2, 6)]
+    if width * itemsize > 256:
+        shapes = [(32, 4, 4), (32, 4, 3), (32, 8, 4), (32, 8, 3), (64, 8, 2), (16, 4, 6)]
+    for block_n, num_warps, num_stages in shapes:
+        if itemsize < 4 and (num_stages - 1) * block_n * 2 * width * itemsize <= 100_000:
+            yield DecodeConfig(block_n, num_warps, num_stages)
+
+
+@tuned(candidates)
+def configure(itemsize: int, width: int, rows: int, pages: str) -> DecodeConfig:
+    """The default for a kind of call.
+
+    Args:
+        itemsize: bytes of a value.
+        width: the wider of the two head dimensions, rounded up to a power of two.
+        rows: query rows of a program, BLOCK_M of the kernel.
+        pages: "small" or "large", as in page_kind.
+    """
+    # float32 products run on the CUDA cores, which hold a whole operand in registers.
+    widest = 32 if itemsize == 4 or rows > 32 else TILE
+    if rows > 32 and width * itemsize == 512 and itemsize < 4:
+        return DecodeConfig(32, 8, 3)
+    return DecodeConfig(min(widest, max(16, TILE * 256 // (width * itemsize))), 4, 4)
 
 
 @triton.jit
@@ -135,7 +145,7 @@ def _decode_kernel(
     table_ptr,
     seqlens_ptr,
     sinks_ptr,
-    tile_start_ptr,
+    unit_start_ptr,
     first_tile_ptr,
     first_request_ptr,
     out_token,
@@ -164,6 +174,8 @@ def _decode_kernel(
     HAS_RIGHT: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    LEAD: tl.constexpr,
+    SHARE: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -172,7 +184,11 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        # The second kernel may be brought to the device as soon as every program of this one runs.
+        gdc_launch_dependents()
     kv_head = tl.program_id(0)
     program = tl.program_id(1)
     ROWS: tl.constexpr = GROUP * Q_LEN
@@ -190,15 +206,15 @@ def _decode_kernel(
 
     if DIRECT:
         request = program
-        tile = 0
+        unit = 0
         end = 1
     else:
-        total = tl.load(tile_start_ptr + num_requests)
-        working = tl.maximum(tl.minimum(tl.num_programs(1), total), 1)
-        tile = (program.to(tl.int64) * total // working).to(tl.int32)
+        total = tl.load(unit_start_ptr + num_requests)
+        working = tl.maximum(tl.minimum(tl.num_programs(1), tl.cdiv(total, SHARE)), 1)
+        unit = (program.to(tl.int64) * total // working).to(tl.int32)
         end = tl.minimum(((program + 1).to(tl.int64) * total // working).to(tl.int32), total)
         request = tl.load(first_request_ptr + program)
-    while tile < end:
+    while unit < end:
         k_len = tl.load(seqlens_ptr + request)
         low = 0
         if HAS_LEFT:
@@ -207,18 +223,21 @@ def _decode_kernel(
             first = low // BLOCK_N
             last = tl.cdiv(k_len, BLOCK_N)
             begin = 0
+            start = 0
             stop = 1
             request_end = 1
         else:
-            begin = tl.load(tile_start_ptr + request)
-            request_end = tl.load(tile_start_ptr + request + 1)
+            # The first of the units that are tiles.
+            begin = tl.load(unit_start_ptr + request) + LEAD
+            request_end = tl.load(unit_start_ptr + request + 1)
+            start = tl.maximum(unit, begin)
             stop = tl.minimum(request_end, end)
             hidden = tl.load(first_tile_ptr + request)
-            first = (hidden + tile - begin) * PER_TILE
+            first = (hidden + start - begin) * PER_TILE
             last = tl.minimum((hidden + stop - begin) * PER_TILE, tl.cdiv(k_len, BLOCK_N))
             if HAS_LEFT:
                 first = tl.maximum(first, low // BLOCK_N)
-        if stop > tile or DIRECT:
+        if stop > start or DIRECT:
             tokens = (request * Q_LEN + rows // GROUP).to(tl.int64)
             q_at = q_ptr + (tokens * q_token + heads * q_head)[:, None] + columns
             q = tl.load(q_at, exists[:, None] & (columns < D), other=0.0)
@@ -227,7 +246,7 @@ def _decode_kernel(
             acc, m, l = _walk(q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, k_len, low, left, right, cap_scale,
                               score_scale, first, last, HAS_LEFT, HAS_RIGHT, Q_LEN > 1, HAS_CAP, PAGE_SIZE, BLOCK_M, BLOCK_N,
                               D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
-            if (tile == begin) & (stop == request_end):
+            if (start == begin) & (stop == request_end):
                 acc, lse = finish(acc, m, l, sink, HAS_SINKS)
                 at = out_ptr + (tokens * out_token + heads * out_head)[:, None] + v_columns
                 tl.store(at, acc.to(out_ptr.dtype.element_ty), exists[:, None] & (v_columns < DV))
@@ -235,11 +254,11 @@ def _decode_kernel(
                     tl.store(lse_ptr + tokens * (KV_HEADS * GROUP) + heads, lse * LN2, exists)
             else:
                 acc, lse = finish(acc, m, l, sink, False)
-                slot = 2 * program + tl.where(tile == begin, 1, 0)
+                slot = 2 * program + tl.where(start == begin, 1, 0)
                 piece = (slot * KV_HEADS + kv_head).to(tl.int64) * ROWS + rows
                 tl.store(part_ptr + piece[:, None] * DV + v_columns, acc, exists[:, None] & (v_columns < DV))
                 tl.store(part_lse_ptr + piece, lse, exists)
-        tile = stop
+        unit = stop
         request += 1
 
 
@@ -250,7 +269,7 @@ def _combine_kernel(
     part_ptr,
     part_lse_ptr,
     sinks_ptr,
-    tile_start_ptr,
+    unit_start_ptr,
     out_token,
     out_head,
     num_requests,
@@ -260,21 +279,27 @@ def _combine_kernel(
     Q_LEN: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    LEAD: tl.constexpr,
+    SHARE: tl.constexpr,
     PIECES: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     request = tl.program_id(0) // Q_LEN
-    begin = tl.load(tile_start_ptr + request)
-    end = tl.load(tile_start_ptr + request + 1)
-    total = tl.load(tile_start_ptr + num_requests)
-    working = tl.maximum(tl.minimum(C, total), 1).to(tl.int64)
+    begin = tl.load(unit_start_ptr + request)
+    end = tl.load(unit_start_ptr + request + 1)
+    total = tl.load(unit_start_ptr + num_requests)
+    working = tl.maximum(tl.minimum(C, tl.cdiv(total, SHARE)), 1).to(tl.int64)
     divisor = tl.maximum(total, 1)
-    # The program whose run holds tile t is the last c with c · total // working <= t.
-    first = (((begin + 1) * working - 1) // divisor).to(tl.int32)
+    # The program whose run holds unit u is the last c with c · total // working <= u.
+    first = (((begin + LEAD + 1) * working - 1) // divisor).to(tl.int32)
     last = ((end * working - 1) // divisor).to(tl.int32)
+    if EARLY:
+        # Before any exit: a kernel after this one must find the first one finished.
+        gdc_wait()
     if (end > begin) & (first == last):
         return
     columns = tl.arange(0, BLOCK_DV)
@@ -330,7 +355,6 @@ def launch(
     softcap: float | None,
     sinks: Tensor | None,
     plan: tuple[Tensor, Tensor, Tensor] | None,
-    config: DecodeConfig | None = None,
 ) -> None:
     """Launches over KV heads, the plan's programs and blocks of rows, then the sum of pieces over tokens and heads."""
     T, Hq, D = q.shape
@@ -340,19 +364,21 @@ def launch(
         return
     group = Hq // Hkv
     rows = group * q_len
-    config = config or decode_config(q.dtype, D, Dv, rows)
+    block_m = max(16, triton.next_power_of_2(min(rows, MAX_ROWS)))
+    width = triton.next_power_of_2(max(D, Dv))
+    config = configure.on(q.device, q.element_size(), width, block_m, page_kind(page_size))
     scale = D**-0.5 if scale is None else scale
     right = 0 if causal else window_right
     direct = plan is None and page_table.shape[1] * page_size <= DIRECT_KEYS
     if direct:
-        tile_start = first_tile = first_request = seqlens_k
+        unit_start = first_tile = first_request = seqlens_k
         programs = B
         part = part_lse = out
     else:
         if plan is None:
             shape = {"num_heads_q": Hq, "num_heads_kv": Hkv, "head_dim": D, "page_size": page_size, "q_len": q_len}
             plan = attention_decode_plan(seqlens_k, **shape, window=(window_left, -1), impl="triton")
-        tile_start, first_tile, first_request = plan
+        unit_start, first_tile, first_request = plan
         programs = first_request.shape[0]
         part = q.new_empty(2 * programs, Hkv, rows, Dv, dtype=torch.float32)
         part_lse = q.new_empty(2 * programs, Hkv, rows, dtype=torch.float32)
@@ -360,6 +386,7 @@ def launch(
     flags = {"HAS_LSE": out_lse is not None, "HAS_SINKS": sinks is not None}
     shape = {"KV_HEADS": Hkv, "GROUP": group, "Q_LEN": q_len, "DV": Dv, "BLOCK_DV": max(16, triton.next_power_of_2(Dv))}
     lse = out if out_lse is None else out_lse
+    early = has_dependent_launch(q.device)
     _decode_kernel[(Hkv, programs, row_blocks(rows))](
         out,
         lse,
@@ -371,7 +398,7 @@ def launch(
         page_table,
         seqlens_k,
         sink_values,
-        tile_start,
+        unit_start,
         first_tile,
         first_request,
         *out.stride()[:2],
@@ -389,12 +416,15 @@ def launch(
         HAS_RIGHT=right >= 0,
         HAS_CAP=bool(softcap),
         PAGE_SIZE=page_size,
+        LEAD=LEAD,
+        SHARE=SHARE,
         TILE=TILE,
-        BLOCK_M=max(16, triton.next_power_of_2(min(rows, MAX_ROWS))),
+        BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         D=D,
         BLOCK_D=max(16, triton.next_power_of_2(D)),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        EARLY=early and not direct,
         **shape,
         **flags,
         num_warps=config.num_warps,
@@ -402,18 +432,25 @@ def launch(
     )
     if direct:
         return
+    # With few KV heads there are many programs, and a long request has hundreds of pieces. A small batch leaves the registers
+    # to hold 128 of them at once.
+    wide = programs > 64 and T * Hq <= 2 * num_sms(q.device)
     _combine_kernel[(T, Hq)](
         out,
         lse,
         part,
         part_lse,
         sink_values,
-        tile_start,
+        unit_start,
         *out.stride()[:2],
         B,
         programs,
-        PIECES=32,
+        LEAD=LEAD,
+        SHARE=SHARE,
+        PIECES=128 if wide else 32,
+        EARLY=early,
         **shape,
         **flags,
-        num_warps=4,
+        num_warps=8 if wide else 4,
+        **({"launch_pdl": True} if early else {}),
     )

@@ -1,10 +1,11 @@
 """FlashAttention-2 on packed queries; keys packed or in pages.
 
-A program owns BLOCK_M queries of one head and walks the blocks of keys that any of them sees. Only blocks that the diagonal, a
-window's edge or the end of the keys cuts are masked; the blocks between run a loop without masks. Tiles are ordered so that
+A program owns BLOCK_M queries of one head and walks the blocks of keys that any of them sees. Scores are masked
+only in blocks that the diagonal, a window's edge or the end of the keys cuts. Tiles are ordered so that
 the heads of one KV head are neighbours, a section's keys fit in the L2, and within a section the longest tiles come first.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, pages_of, rescale, rows_at, tanh
+from penstock.core.tuning import tuned
+from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, page_kind, pages_of, rescale, rows_at, tanh
 
 # Programs that clear the rows after the last request; they return at once where there are none.
 CLEARING = 8
@@ -32,36 +34,59 @@ class PrefillConfig:
     num_stages: int
 
 
-def prefill_config(dtype: torch.dtype, D: int, Dv: int, max_seqlen_q: int, has_window: bool) -> PrefillConfig:
-    """The configuration for a call; `candidates` lists what a tuner may try instead."""
-    width = max(triton.next_power_of_2(D), triton.next_power_of_2(Dv))
-    if dtype == torch.float32:
+# Up to this many queries the whole request is one block of rows.
+SHORT = 64
+
+
+def candidates(itemsize: int, width: int, pages: str, queries: str, causal: bool, window: bool) -> Iterator[PrefillConfig]:
+    """Blocks of 64 queries, of which two programs share a multiprocessor, and of 128, which read the keys half as often."""
+    if itemsize == 4:
+        return
+    shapes = [
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        *[(128, 64, 8, stages) for stages in (2, 3, 4)],
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+    ]
+    # Twice as wide, 64 queries on 4 warps spill 180 bytes beside the scores of as many keys.
+    if width > 128:
+        shapes = [(64, 32, 4, 2), (64, 32, 4, 3), (128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2)]
+    elif width <= 64:
+        shapes.append((64, 128, 4, 2))
+    for block_m, block_n, num_warps, num_stages in shapes:
+        shared = (block_m + 2 * num_stages * block_n) * width * itemsize
+        if shared <= 230_000 and (block_m == 64 or queries != "short"):
+            yield PrefillConfig(block_m, block_n, num_warps, num_stages)
+
+
+@tuned(candidates)
+def configure(itemsize: int, width: int, pages: str, queries: str, causal: bool, window: bool) -> PrefillConfig:
+    """The default for a kind of call.
+
+    Args:
+        itemsize: bytes of a value.
+        width: the wider of the two head dimensions, rounded up to a power of two.
+        pages: "none", "small" or "large", as in page_kind.
+        queries: "short", "medium" or "long", as in query_kind.
+    """
+    if itemsize == 4:
         # Products run on the CUDA cores, which hold whole operands in registers.
         if width > 32:
             return PrefillConfig(16 if width > 128 else 32, 32, 8, 1)
         return PrefillConfig(64, 32, 4, 2)
-    if max_seqlen_q <= 64:
+    if queries == "short":
         return PrefillConfig(64, 64, 8 if width > 128 else 4, 2)
     if width > 128:
         return PrefillConfig(128, 64, 8, 2)
-    # A third stage beside a window's masks spills at D = 128.
     if width > 64:
-        return PrefillConfig(128, 64, 8, 2 if has_window else 3)
+        return PrefillConfig(128, 64, 8, 3)
     return PrefillConfig(128, 128, 8, 3)
 
 
-def candidates(dtype: torch.dtype, D: int, Dv: int) -> list[PrefillConfig]:
-    """Configurations whose key and value stages and queries fit in shared memory."""
-    size = dtype.itemsize
-    width_k, width_v = triton.next_power_of_2(D), triton.next_power_of_2(Dv)
-    found = []
-    for block_m, num_warps in ((64, 4), (64, 8), (128, 4), (128, 8)):
-        for block_n in (32, 64, 128):
-            for stages in (2, 3, 4):
-                shared = block_m * width_k * size + stages * block_n * (width_k + width_v) * size
-                if shared <= 220_000 and not (num_warps == 4 and block_m * width_v > 128 * 64 * 2):
-                    found.append(PrefillConfig(block_m, block_n, num_warps, stages))
-    return found
+def query_kind(max_seqlen_q: int) -> str:
+    """What a table tells apart: one block of rows, the chunks of a server, whole prompts."""
+    return "short" if max_seqlen_q <= SHORT else "medium" if max_seqlen_q <= 2048 else "long"
 
 
 @triton.jit
@@ -85,8 +110,9 @@ def _blocks(
     cap_scale,
     score_scale,
     first,
+    full_first,
+    full_end,
     last,
-    MASKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -98,7 +124,11 @@ def _blocks(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds the blocks of keys first..last-1; `own` is the key that each query stands on."""
+    """Adds the blocks of keys first..last-1; `own` is the key that each query stands on.
+
+    All queries see all keys of the blocks full_first..full_end-1. One loop runs through both kinds, so that the load pipeline
+    is filled once.
+    """
     steps = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)[None, :]
     v_columns = tl.arange(0, BLOCK_DV)[None, :]
@@ -115,31 +145,21 @@ def _blocks(
         v_at = rows_at(v_base, pages, block, v_page, v_slot, PAGE_SIZE, BLOCK_N) + v_columns
         if PAGE_SIZE > 0:
             pages = pages_of(table, block + 1, k_stop, PAGE_SIZE, BLOCK_N)
-        if MASKED:
-            k = tl.load(k_at, inside[:, None] & (columns < D), other=0.0)
-        elif D != BLOCK_D:
-            k = tl.load(k_at, columns < D, other=0.0)
-        else:
-            k = tl.load(k_at)
+        k = tl.load(k_at, inside[:, None] & (columns < D), other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if HAS_CAP:
             s = tanh(s * cap_scale)
-        if MASKED:
+        if (block < full_first) | (block >= full_end):
             visible = inside[None, :]
             if HAS_LEFT:
                 visible = visible & (keys[None, :] >= (own - left)[:, None])
             if HAS_RIGHT:
                 visible = visible & (keys[None, :] <= (own + right)[:, None])
             s = tl.where(visible, s, float("-inf"))
-        p, alpha, m = rescale(s, m, score_scale, MASKED)
+        p, alpha, m = rescale(s, m, score_scale, True)
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        if MASKED:
-            v = tl.load(v_at, inside[:, None] & (v_columns < DV), other=0.0)
-        elif DV != BLOCK_DV:
-            v = tl.load(v_at, v_columns < DV, other=0.0)
-        else:
-            v = tl.load(v_at)
+        v = tl.load(v_at, inside[:, None] & (v_columns < DV), other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, m, l
 
@@ -268,17 +288,9 @@ def _prefill_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_LEFT:
-        acc, m, l = _blocks(acc, m, l, q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, low, k_len, left, right,
-                            cap_scale, score_scale, first, full_first, True, HAS_LEFT, HAS_RIGHT, HAS_CAP, PAGE_SIZE, BLOCK_N,
-                            D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
-    # A window may have hidden every key so far from some row, whose maximum is then still -inf; the keys here are seen by all.
     acc, m, l = _blocks(acc, m, l, q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, low, k_len, left, right,
-                        cap_scale, score_scale, full_first, full_end, False, HAS_LEFT, HAS_RIGHT, HAS_CAP, PAGE_SIZE, BLOCK_N,
-                        D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
-    acc, m, l = _blocks(acc, m, l, q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, low, k_len, left, right,
-                        cap_scale, score_scale, full_end, end, True, HAS_LEFT, HAS_RIGHT, HAS_CAP, PAGE_SIZE, BLOCK_N,
-                        D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
+                        cap_scale, score_scale, first, full_first, full_end, end, HAS_LEFT, HAS_RIGHT, HAS_CAP, PAGE_SIZE,
+                        BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
     sink = 0.0
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
@@ -307,14 +319,23 @@ def launch(
     window_right: int,
     softcap: float | None,
     sinks: Tensor | None,
-    config: PrefillConfig | None = None,
 ) -> None:
     """Launches over tiles of queries; `lengths` is cu_seqlens_k, or seqlens_k where there is a page table."""
     num_rows, Hq, D = q.shape
     Dv, Hkv = v.shape[-1], v.shape[-2]
     if num_rows == 0 or Hq == 0:
         return
-    config = config or prefill_config(q.dtype, D, Dv, max_seqlen_q, window_left >= 0)
+    paged = page_table is not None
+    right = 0 if causal else window_right
+    config = configure.on(
+        q.device,
+        q.element_size(),
+        triton.next_power_of_2(max(D, Dv)),
+        page_kind(k.shape[1] if paged else 0),
+        query_kind(max_seqlen_q),
+        right >= 0,
+        window_left >= 0,
+    )
     num_requests = cu_seqlens_q.shape[0] - 1
     num_blocks = triton.cdiv(max_seqlen_q, config.block_m)
     num_pairs = num_requests * Hq
@@ -323,8 +344,6 @@ def launch(
     key_bytes = max(1, max_seqlen_k * (D + Dv) * q.element_size())
     section = group * max(1, SECTION_BYTES // key_bytes)
     scale = D**-0.5 if scale is None else scale
-    right = 0 if causal else window_right
-    paged = page_table is not None
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     _prefill_kernel[(num_tiles + CLEARING,)](
         out,

@@ -11,7 +11,7 @@ from penstock.core.op import NotSupported
 from penstock.ops.attention import _cases
 from penstock.ops.attention.decode import attention_decode
 from penstock.ops.attention.decode_cpu import CALL_IN_KEYS, GATHERED_BYTES, batches
-from penstock.ops.attention.decode_plan import TILE, DecodePlan, attention_decode_plan, num_programs
+from penstock.ops.attention.decode_plan import LEAD, SHARE, TILE, DecodePlan, attention_decode_plan, num_programs
 from penstock.ops.attention.prefill_paged import attention_prefill_paged
 from penstock.testing import check_case
 
@@ -21,19 +21,20 @@ HEADS = {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": 32, "page_size": 16}
 
 
 def runs(plan: DecodePlan) -> list[list[tuple[int, int]]]:
-    """Each program's tiles as (request, tile of the request), read off the plan the way the kernel does."""
-    tile_start, first_tile, first_request = (values.tolist() for values in plan)
-    total, C = tile_start[-1], len(first_request)
-    working = min(C, total)
+    """Each program's units as (request, tile of the request or -1), read off the plan the way the kernel does."""
+    unit_start, first_tile, first_request = (values.tolist() for values in plan)
+    total, C = unit_start[-1], len(first_request)
+    working = min(C, -(-total // SHARE))
     found = []
     for c in range(C):
         own = []
         if c < working:
-            tile, end, request = c * total // working, (c + 1) * total // working, first_request[c]
-            while tile < end:
-                stop = min(tile_start[request + 1], end)
-                own += [(request, first_tile[request] + t - tile_start[request]) for t in range(tile, stop)]
-                tile, request = max(tile, stop), request + 1
+            unit, end, request = c * total // working, (c + 1) * total // working, first_request[c]
+            while unit < end:
+                stop = min(unit_start[request + 1], end)
+                begin = unit_start[request] + LEAD
+                own += [(request, first_tile[request] + u - begin if u >= begin else -1) for u in range(unit, stop)]
+                unit, request = max(unit, stop), request + 1
         found.append(own)
     return found
 
@@ -55,10 +56,11 @@ def test_every_tile_is_assigned_once_and_work_is_equal(seqlens, heads, q_len, le
         for b, length in enumerate(seqlens)
         for t in range(max(0, length - q_len - left) // TILE if left >= 0 else 0, -(-length // TILE))
     ]
-    assert [tile for own in work for tile in own] == wanted
+    assert [unit for own in work for unit in own if unit[1] >= 0] == wanted
     sizes = [len(own) for own in work if own]
     assert not sizes or max(sizes) - min(sizes) <= 1
-    assert len(sizes) == min(len(work), len(wanted))
+    units = len(wanted) + LEAD * len({b for b, _ in wanted})
+    assert len(sizes) == min(len(work), -(-units // SHARE))
     assert len(work) == num_programs(lengths.device, *heads, q_len)
     assert all(values.dtype == torch.int32 for values in plan)
 
@@ -88,7 +90,7 @@ def test_plan_contract():
         attention_decode_plan(lengths, **{**HEADS, "num_heads_kv": 3})
     with pytest.raises(ContractError, match="attention_decode_plan: `q_len`"):
         attention_decode_plan(lengths, **HEADS, q_len=0)
-    assert attention_decode_plan(lengths, **HEADS, device="cpu").tile_start.device.type == "cpu"
+    assert attention_decode_plan(lengths, **HEADS, device="cpu").unit_start.device.type == "cpu"
 
 
 @pytest.mark.parametrize("seqlens", [[700], [0, 640, 3, 0], [65] * 9, [1000, 20, 20, 20], [64, 128, 0]], ids=str)
@@ -110,15 +112,30 @@ def test_any_number_of_programs_gives_the_same_result(device):
     """The kernel reads how many programs there are off the plan."""
     arguments = _cases.decode("programs", [300, 0, 130, 1], 4, 2, 32, dtype=torch.float32, return_lse=True).build(Make(device))
     want, want_lse = attention_decode(**arguments, impl="reference")
-    for C in (1, 2, 5, 40):
-        tile_start = torch.tensor([0, 5, 5, 8, 9], dtype=torch.int32)
-        working = min(C, 9)
-        starts = torch.arange(C) * 9 // working
-        first_request = torch.searchsorted(tile_start[1:].long(), starts, right=True).int()
-        plan = DecodePlan(tile_start.to(device), torch.zeros(4, dtype=torch.int32, device=device), first_request.to(device))
+    for C in (1, 2, 5, 9, 15, 40):
+        tiles = torch.tensor([5, 0, 3, 1])
+        ends = torch.where(tiles > 0, tiles + LEAD, 0).cumsum(0)
+        total = int(ends[-1])
+        starts = torch.arange(C) * total // min(C, -(-total // SHARE))
+        first_request = torch.searchsorted(ends, starts, right=True).int()
+        unit_start = torch.cat([ends.new_zeros(1), ends]).int()
+        plan = DecodePlan(unit_start.to(device), torch.zeros(4, dtype=torch.int32, device=device), first_request.to(device))
         out, lse = attention_decode(**arguments, plan=plan, impl="triton")
         torch.testing.assert_close(out, want, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(lse, want_lse, atol=1e-6, rtol=1e-5)
+
+
+def test_many_pieces_of_one_request(device, monkeypatch):
+    monkeypatch.setattr("penstock.ops.attention.decode_plan.PROGRAMS_PER_SM", 1 if device == "cuda" else 20)
+    lengths = [TILE * 150 + 3, 70, 0]
+    arguments = _cases.decode("pieces", lengths, 2, 1, 16, dtype=torch.float32, return_lse=True).build(Make(device))
+    heads = {"num_heads_q": 2, "num_heads_kv": 1, "head_dim": 16, "page_size": 16}
+    plan = attention_decode_plan(arguments["seqlens_k"], **heads)
+    assert plan.first_request.numel() > 64
+    out, lse = attention_decode(**arguments, plan=plan, impl="triton")
+    want, want_lse = attention_decode(**arguments, impl="reference")
+    torch.testing.assert_close(out, want, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(lse, want_lse, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("q_len", range(1, 9))
@@ -259,11 +276,14 @@ def test_contract_errors_name_the_argument(device):
         attention_decode(**{**good, **odd}, impl="triton")
 
 
-def test_candidates_hold_the_chosen_configurations():
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("rows", [16, 64])
+def test_candidates_fit_twice_on_a_multiprocessor(width, rows):
     pytest.importorskip("triton")
-    from penstock.ops.attention.decode_triton import candidates, decode_config
+    from penstock.ops.attention.decode_triton import candidates
 
-    for dtype in (torch.bfloat16, torch.float32):
-        for D in (64, 128, 256):
-            for rows in (4, 64):
-                assert decode_config(dtype, D, D, rows) in candidates(dtype, D, D, rows)
+    found = list(candidates(2, width, rows, "large"))
+    assert 4 <= len(found) == len(set(found)) <= 8
+    for config in found:
+        assert TILE % config.block_n == 0
+        assert (config.num_stages - 1) * config.block_n * 4 * width < 227 * 1024 // 2
