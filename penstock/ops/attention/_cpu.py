@@ -151,13 +151,13 @@ def _explicit(
             out_lse[rows] = lse[0].permute(2, 0, 1).reshape(-1, Hq)
 
 
-def gather_pages(cache: Tensor, pages: Tensor, slots: Tensor) -> Tensor:
-    """cache[pages, slots], by whole rows where pages and slots fold into one dimension."""
+def gather_slots(cache: Tensor, slots: Tensor) -> Tensor:
+    """[*slots.shape, Hkv, D]: the keys or values in these slots, numbered page · S + offset."""
     S = cache.shape[1]
     if cache.stride(0) == S * cache.stride(1):
-        flat = cache.flatten(0, 1)
-        return flat.index_select(0, (pages * S + slots).flatten()).view(*pages.shape, *cache.shape[2:])
-    return cache[pages, slots]
+        return cache.flatten(0, 1).index_select(0, slots.flatten()).view(*slots.shape, *cache.shape[2:])
+    slots = slots.long()
+    return cache[slots // S, slots % S]
 
 
 def paged_requests(
