@@ -47,6 +47,8 @@ class Runner:
         device, dtype = weights.embedding.device, weights.embedding.dtype
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
         if (config.max_model_len or 0) > spec.max_context:
             raise ModelError(f"max_model_len {config.max_model_len} is more than the {spec.max_context} positions of the model")
         limits = {"max_num_seqs": config.max_num_seqs}
@@ -237,6 +239,15 @@ class Runner:
             decode_plan=self.decoder.plan(seqlens, self.page_size),
         )
         return self.decoder.logits(self.decoder.forward(token_ids, batch))
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep up to 64 MiB of freed memory, which every layer would otherwise map and fault in anew.
+
+    glibc returns large freed blocks to the system until one of nearly 32 MiB was freed; that one is never touched. A prefill of
+    768 tokens of the small bundled model takes 53 ms instead of 68.
+    """
+    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
 
 
 def resolve_device(name: str) -> torch.device:

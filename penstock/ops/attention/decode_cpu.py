@@ -115,7 +115,7 @@ def _attend_together(
     mask = None
     if B == 1:
         pages = page_table.tolist()[0][: -(-longest // S)]
-        k, v = (_keys_of_one(cache, pages, longest) for cache in (k_cache, v_cache))
+        k, v = (_cpu.first_slots(cache, pages, longest).transpose(0, 1)[None] for cache in (k_cache, v_cache))
     else:
         table: np.ndarray = page_table[:, : -(-longest // S)].numpy()
         keys: np.ndarray = np.arange(longest, dtype=np.int32)
@@ -129,19 +129,6 @@ def _attend_together(
         k, v = (_cpu.gather_slots(cache, rows).transpose(1, 2) for cache in (k_cache, v_cache))
     result = scaled_dot_product_attention(q.view(B, Hkv, -1, q.shape[2]), k, v, attn_mask=mask, scale=scale)
     out.view(B, Hkv, -1, out.shape[2]).copy_(result)
-
-
-def _keys_of_one(cache: Tensor, pages: list[int], length: int) -> Tensor:
-    """[1, Hkv, length, D] of one request: a view of the cache where its pages follow each other."""
-    S, Hkv, D = cache.shape[1:]
-    page, slot, head, one = cache.stride()
-    first = pages[0]
-    end = first + len(pages)
-    if page == S * slot and 0 <= first and end <= cache.shape[0] and pages == list(range(first, end)):
-        start = cache.storage_offset() + first * page
-        return cache.as_strided((1, Hkv, length, D), (0, head, slot, one), start)
-    gathered = cache.index_select(0, torch.tensor(pages))
-    return gathered.view(1, -1, Hkv, D)[:, :length].transpose(1, 2)
 
 
 def _attend_batch(
