@@ -47,6 +47,8 @@ class Runner:
         device, dtype = weights.embedding.device, weights.embedding.dtype
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
         if (config.max_model_len or 0) > spec.max_context:
             raise ModelError(f"max_model_len {config.max_model_len} is more than the {spec.max_context} positions of the model")
         limits = {"max_num_seqs": config.max_num_seqs}
@@ -137,11 +139,13 @@ class Runner:
 
     def _fill_decodes(self, decodes: Sequence[Work], tokens: np.ndarray, requests: np.ndarray) -> None:
         """Writes tokens [3, n] (id, position, KV slot) and requests [2, n] (length, table row) of the decode rows."""
-        tokens[0] = [work.token_ids[0] for work in decodes]
-        tokens[1] = positions = [work.start for work in decodes]
-        requests[1] = rows = [work.slot for work in decodes]
-        requests[0] = tokens[1] + 1
-        tokens[2] = self._kv_slots(np.array(rows), np.array(positions))
+        # Plain lists: for a few rows numpy's calls cost three times as much, for 64 rows the same.
+        page_of, bits, within = self._host_pages.item, self._page_bits, self.page_size - 1
+        rows = [work.slot for work in decodes]
+        positions = [work.start for work in decodes]
+        kv_slots = [(page_of(row, at >> bits) << bits) + (at & within) for row, at in zip(rows, positions, strict=True)]
+        tokens[:] = [work.token_ids[0] for work in decodes], positions, kv_slots
+        requests[:] = [at + 1 for at in positions], rows
 
     def _kv_slots(self, rows: np.ndarray | int, positions: np.ndarray) -> np.ndarray:
         pages = self._host_pages[rows, positions >> self._page_bits]
@@ -155,7 +159,7 @@ class Runner:
         slots = [work.slot for work in decodes]
         self._fill_decodes(decodes, columns.values[:3], columns.values[3:])
         token_ids, positions, kv_slots, seqlens, rows = columns.upload()
-        width = self._width(int(columns.values[3].max()))
+        width = self._width(max(work.start for work in decodes) + 1)
         if updates or self._gathered_slots != slots or self._gathered_pages.shape[1] != width:
             self._gathered_pages = self._pages[:, :width].index_select(0, rows)
             self._gathered_slots = slots
@@ -235,6 +239,15 @@ class Runner:
             decode_plan=self.decoder.plan(seqlens, self.page_size),
         )
         return self.decoder.logits(self.decoder.forward(token_ids, batch))
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep up to 64 MiB of freed memory, which every layer would otherwise map and fault in anew.
+
+    glibc returns large freed blocks to the system until one of nearly 32 MiB was freed; that one is never touched. A prefill of
+    768 tokens of the small bundled model takes 53 ms instead of 68.
+    """
+    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -52,8 +52,9 @@ def _triton(out: Tensor, x: Tensor) -> None:
 def _cpu(out: Tensor, x: Tensor) -> None:
     gate, up = x.chunk(2, -1)
     if gate.dtype in (torch.bfloat16, torch.float16):
-        gate = gate.float()
-    torch.mul(torch.nn.functional.silu(gate), up, out=out)
+        out.copy_(torch.nn.functional.silu(gate.float(), inplace=True).mul_(up))
+    else:
+        torch.mul(torch.nn.functional.silu(gate), up, out=out)
 
 
 @silu_and_mul.cost

@@ -151,26 +151,35 @@ def _explicit(
             out_lse[rows] = lse[0].permute(2, 0, 1).reshape(-1, Hq)
 
 
-def gather_pages(cache: Tensor, pages: Tensor, slots: Tensor) -> Tensor:
-    """cache[pages, slots], by whole rows where pages and slots fold into one dimension."""
+def gather_slots(cache: Tensor, slots: Tensor) -> Tensor:
+    """[*slots.shape, Hkv, D]: the keys or values in these slots, numbered page · S + offset."""
     S = cache.shape[1]
     if cache.stride(0) == S * cache.stride(1):
-        flat = cache.flatten(0, 1)
-        return flat.index_select(0, (pages * S + slots).flatten()).view(*pages.shape, *cache.shape[2:])
-    return cache[pages, slots]
+        return cache.flatten(0, 1).index_select(0, slots.flatten()).view(*slots.shape, *cache.shape[2:])
+    slots = slots.long()
+    return cache[slots // S, slots % S]
+
+
+def first_slots(cache: Tensor, pages: list[int], length: int) -> Tensor:
+    """[length, Hkv, D] of one request: a view of the cache where its pages follow each other, otherwise a copy."""
+    P, S, Hkv, D = cache.shape
+    page, slot, head, one = cache.stride()
+    first = pages[0] if pages else 0
+    end = first + len(pages)
+    if page == S * slot and 0 <= first and end <= P and pages == list(range(first, end)):
+        return cache.as_strided((length, Hkv, D), (slot, head, one), cache.storage_offset() + first * page)
+    return cache.index_select(0, torch.tensor(pages, dtype=torch.int64)).flatten(0, 1)[:length]
 
 
 def paged_requests(
     k_cache: Tensor, v_cache: Tensor, page_table: Tensor, q_ends: list[int], seqlens_k: Tensor, left: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows of q, k, v) of each request, from the first page that the window lets a query see."""
-    S = k_cache.shape[1]
+    S, table = k_cache.shape[1], page_table.tolist()
     for b, k_len in enumerate(seqlens_k.tolist()):
         rows = slice(q_ends[b], q_ends[b + 1])
         first = max(0, k_len - (rows.stop - rows.start) - left) // S if left >= 0 else 0
-        pages = page_table[b, first : -(-k_len // S)].long()
-        # Whole pages are copied; the slots past the end are cut off here. Masks count from the last key, so that keys may
-        # be missing at the front.
-        k, v = k_cache.index_select(0, pages), v_cache.index_select(0, pages)
+        pages = table[b][first : -(-k_len // S)]
+        # Masks count from the last key, so that keys may be missing at the front.
         k_len -= first * S
-        yield rows, k.flatten(0, 1)[:k_len], v.flatten(0, 1)[:k_len]
+        yield rows, first_slots(k_cache, pages, k_len), first_slots(v_cache, pages, k_len)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -50,6 +51,14 @@ def attend(
 ) -> None:
     """Writes out [B · q_len, Hq, Dv] and, when given, out_lse [B · q_len, Hq]."""
     lengths = seqlens_k.tolist()
+    if q_len == 1 and not softcap and sinks is None and out_lse is None and lengths:
+        longest, shortest = max(lengths), min(lengths)
+        key_bytes = k_cache.shape[2] * k_cache.shape[3] * q.element_size()
+        sees_all = shortest > 0 and (left < 0 or longest <= left + 1)
+        together = longest - shortest <= CALL_IN_KEYS and len(lengths) * longest * key_bytes <= GATHERED_BYTES
+        if sees_all and (together or len(lengths) == 1):
+            _attend_together(out, q, k_cache, v_cache, page_table, seqlens_k, longest, shortest, scale)
+            return
     spans = [min(length, left + q_len) if left >= 0 else length for length in lengths]
     right = 0 if causal else right
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -90,6 +99,38 @@ def attend(
             lse_rows[own] = logs
 
 
+def _attend_together(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seqlens_k: Tensor,
+    longest: int,
+    shortest: int,
+    scale: float | None,
+) -> None:
+    """The common step in few torch calls: one token of each request, which sees all its keys, of which there is one or more."""
+    B, (S, Hkv) = q.shape[0], k_cache.shape[1:3]
+    mask = None
+    if B == 1:
+        pages = page_table.tolist()[0][: -(-longest // S)]
+        k, v = (_cpu.first_slots(cache, pages, longest).transpose(0, 1)[None] for cache in (k_cache, v_cache))
+    else:
+        table: np.ndarray = page_table[:, : -(-longest // S)].numpy()
+        keys: np.ndarray = np.arange(longest, dtype=np.int32)
+        slots = (table[:, :, None] * S + keys[:S]).reshape(B, -1)[:, :longest] if S <= longest else table * S + keys
+        if shortest < longest:
+            seen = keys < seqlens_k.numpy()[:, None]
+            # Slots past the end may hold NaN, which no mask removes: the request's first key stands in for them.
+            slots = np.where(seen, slots, slots[:, :1])
+            mask = torch.from_numpy(seen)[:, None, None]
+        rows = torch.from_numpy(slots)
+        k, v = (_cpu.gather_slots(cache, rows).transpose(1, 2) for cache in (k_cache, v_cache))
+    result = scaled_dot_product_attention(q.view(B, Hkv, -1, q.shape[2]), k, v, attn_mask=mask, scale=scale)
+    out.view(B, Hkv, -1, out.shape[2]).copy_(result)
+
+
 def _attend_batch(
     q: Tensor,
     k_cache: Tensor,
@@ -115,7 +156,8 @@ def _attend_batch(
     # Slots past the end may hold NaN, which no mask removes: the request's last key stands in for them.
     own = (keys if uniform else torch.minimum(keys, ends - 1)).expand(B, -1)
     pages = page_table.long().gather(1, own // S)
-    k, v = (_cpu.gather_pages(cache, pages, own % S).transpose(1, 2) for cache in (k_cache, v_cache))
+    slots = pages * S + own % S
+    k, v = (_cpu.gather_slots(cache, slots).transpose(1, 2) for cache in (k_cache, v_cache))
     visible = _visible(keys, ends, q_len, left, right, uniform)
     grouped = q.view(B, q_len, Hkv, group, D)
     lse = None

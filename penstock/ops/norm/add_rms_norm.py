@@ -90,7 +90,10 @@ def _cpu(
     out: Tensor, out_residual: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float
 ) -> None:
     # A 16-bit sum of two 16-bit numbers is computed in float32 and rounded once, as the definition says.
-    torch.add(x, residual, out=out_residual)
+    if out_residual is residual:
+        residual.add_(x)
+    else:
+        torch.add(x, residual, out=out_residual)
     normalise(out, out_residual, weight, eps, weight_offset)
 
 

@@ -26,4 +26,10 @@ def normalise(out: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float)
         scale = 1 / math.sqrt(norm * norm / N + eps)
     else:
         scale = torch.linalg.vector_norm(wide, 2, -1, True).square_().mul_(1 / N).add_(eps).rsqrt_()
-    torch.mul(wide * scale, weight, out=out)
+    # In place wherever possible: at a few rows a call with out= costs three times one that ends in _.
+    if wide is not x:
+        out.copy_(wide.mul_(scale).mul_(weight))
+    elif out is x:
+        x.mul_(scale).mul_(weight)
+    else:
+        torch.mul(x, scale, out=out).mul_(weight)

@@ -38,6 +38,14 @@ def rotate(out_q: Tensor, out_k: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, 
     half = rotated // 2
     packed = heads_q < heads and _side_by_side(q, k)
     x = _pairs(q if packed else torch.cat((q, k), 1), heads, half, interleaved)
+    in_place = out_q is q and out_k is k
+    if packed and in_place and x.dtype == cos_sin.dtype:
+        a, b = x.unbind(2)
+        cos, sin = _rows(cos_sin, positions).view(tokens, 1, 2, half).unbind(2)
+        turned = (a * cos).addcmul_(b, sin, value=-1)
+        b.mul_(cos).addcmul_(a, sin)
+        a.copy_(turned)
+        return
     # chunk and split_with_sizes, because Tensor.split passes through Python.
     cos, sin = _rows(cos_sin, positions).view(tokens, 1, 1, rotated).chunk(2, 3)
     result = x * cos
@@ -49,7 +57,7 @@ def rotate(out_q: Tensor, out_k: Tensor, q: Tensor, k: Tensor, cos_sin: Tensor, 
             out_q[..., rotated:].copy_(q[..., rotated:])
         if out_k is not k:
             out_k[..., rotated:].copy_(k[..., rotated:])
-    if packed and ((out_q is q and out_k is k) or _side_by_side(out_q, out_k)):
+    if packed and (in_place or _side_by_side(out_q, out_k)):
         _pairs(out_q, heads, half, interleaved).copy_(result)
         return
     new_q, new_k = result.split_with_sizes((heads_q, heads - heads_q), 1)
