@@ -15,7 +15,7 @@ from torch import Tensor
 from penstock.bench.inputs import Arguments, copy_arguments, tensors_of
 from penstock.core.op import Op
 from penstock.testing import judge
-from penstock.testing.budget import poisoned
+from penstock.testing.budget import CODES, judge_bits, poisoned
 
 SAMPLE = 1_000_000
 # Float64 scores that one block of an attention reference may hold.
@@ -53,7 +53,10 @@ def verify(op: Op, impl: str, arguments: Arguments, expected: Expected | None = 
             for name, value in got.items():
                 mine = value if rows is None else value[rows]
                 try:
-                    _judge(f"{name} of {op.name}, {impl}", mine, exact[name], same[name])
+                    if op.exact:
+                        judge_bits(f"{name} of {op.name}, {impl}", mine, exact[name])
+                    else:
+                        _judge(f"{name} of {op.name}, {impl}", mine, exact[name], same[name])
                 except AssertionError as error:
                     return str(error)
     return ""
@@ -64,7 +67,7 @@ def expect(op: Op, arguments: Arguments) -> Iterator[tuple[Tensor | None, dict[s
     plain = "baseline" if op.has_baseline else "reference"
     with torch.no_grad():
         for part, rows in _parts(op, arguments):
-            exact = results(op, _widen(copy_arguments(part)), "reference")
+            exact = results(op, copy_arguments(part) if op.exact else _widen(copy_arguments(part)), "reference")
             yield rows, exact, results(op, copy_arguments(part), plain)
 
 
@@ -104,7 +107,8 @@ def disagreement(peer: Any, ours: Any) -> str:
 def _judge(name: str, got: Tensor, exact: Tensor, same: Tensor) -> None:
     count = got.numel()
     if count > SAMPLE and got.shape == exact.shape:
-        wrong = got.isfinite() != exact.isfinite() if got.dtype.is_floating_point else None
+        countable = got.dtype.is_floating_point and got.dtype not in CODES
+        wrong = got.isfinite() != exact.isfinite() if countable else None
         if wrong is not None and bool(wrong.any()):
             raise AssertionError(
                 f"{name}: {int(wrong.sum())} of {count} values are finite where the reference's are not, or not"

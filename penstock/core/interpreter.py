@@ -1,7 +1,8 @@
 """Repairs of Triton's CPU interpreter (TRITON_INTERPRET=1), so that a kernel tested there computes what a GPU computes.
 
 As shipped in 3.6.0 the interpreter multiplies and adds the bit patterns of bfloat16, truncates float32 to bfloat16, carries
-wrongly into FP8, and cannot iterate over `range(tensor)` with NumPy 2.4. `repair()` replaces those parts; torch converts.
+wrongly into FP8, rounds a fused multiply-add twice, and cannot iterate over `range(tensor)` with NumPy 2.4. `repair()` replaces
+those parts; torch converts.
 """
 
 import functools
@@ -84,6 +85,14 @@ def repair() -> None:
             product = np.matmul(a.data.astype(np.int32), b.data.astype(np.int32))
         return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 
+    def create_fma(self: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        if x.data.dtype != np.float32:
+            return TensorHandle(x.data * y.data + z.data, z.dtype.scalar)
+        # A product of two float32 is exact in float64.
+        with np.errstate(invalid="ignore", over="ignore"):
+            wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+            return TensorHandle(wide.astype(np.float32), z.dtype.scalar)
+
     def binary_op(self: Any, left: TensorHandle, right: TensorHandle, operation: Any) -> TensorHandle:
         if not (_is_bf16(left) and _is_bf16(right)):
             return old_binary(self, left, right, operation)
@@ -104,6 +113,7 @@ def repair() -> None:
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_fma = create_fma
     InterpreterBuilder.binary_op = binary_op
     InterpreterBuilder.unary_op = unary_op
     for name in (

@@ -59,12 +59,13 @@ class Implementation:
 class Op:
     """An operator: call it like the function it wraps."""
 
-    def __init__(self, function: Callable[..., Any], schema: str, spec: Spec):
+    def __init__(self, function: Callable[..., Any], schema: str, spec: Spec, exact: bool = False):
         functools.update_wrapper(self, function)
         self.function = function
         self.name = function.__name__
         self.module = function.__module__
         self.contract = Contract(self.name, spec)
+        self.exact = exact
         self.implementations: dict[str, Implementation] = {}
         self.definition: Callable[..., Any] | None = None
         self._baseline: Callable[..., Any] | None = None
@@ -262,6 +263,10 @@ class Op:
         torch.library.register_fake(f"penstock::{self.name}", lambda *args: None, lib=_LIBRARY)
 
 
-def op(schema: str, spec: Spec) -> Callable[[Callable[..., Any]], Op]:
-    """Makes an operator of a public function; see the head of this file."""
-    return lambda function: Op(function, schema, spec)
+def op(schema: str, spec: Spec, exact: bool = False) -> Callable[[Callable[..., Any]], Op]:
+    """Makes an operator of a public function; see the head of this file.
+
+    Args:
+        exact: every implementation returns the reference's very bits; there is no float64 oracle.
+    """
+    return lambda function: Op(function, schema, spec, exact)

@@ -12,6 +12,8 @@ from penstock.ops.kvcache.gather_kv import gather_kv as gather_kv
 from penstock.ops.kvcache.store_kv import store_kv as store_kv
 from penstock.ops.norm.add_rms_norm import add_rms_norm as add_rms_norm
 from penstock.ops.norm.rms_norm import rms_norm as rms_norm
+from penstock.ops.quantization.dequantize import dequantize as dequantize
+from penstock.ops.quantization.quantize import quantize as quantize
 from penstock.ops.rotary.rope import rope as rope
 from penstock.ops.rotary.table import rope_table as rope_table
 from penstock.ops.sampling.apply_penalties import apply_penalties as apply_penalties

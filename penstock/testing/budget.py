@@ -1,6 +1,7 @@
 """|got - float64| ≤ 2 · max|same-dtype reference - float64| + one rounding: a tolerance nobody picks.
 
 Both sides come from the operator's own reference: once on the inputs widened to float64, once on the inputs as they are.
+Quantised codes are judged by their distance in codes, and the results of an operator declared exact by their bits.
 An operator whose kernels must round in between (attention's P) declares a `baseline` that rounds in the same places.
 """
 
@@ -14,6 +15,10 @@ from torch import Tensor
 from penstock.core.cases import Case, Make
 from penstock.core.check import short
 from penstock.core.op import Op
+
+CODES = (torch.float8_e4m3fn, torch.int8)
+# Sums in another order move a value across the middle between two codes once in thousands.
+MOVED_CODES = 0.01
 
 
 @contextlib.contextmanager
@@ -42,6 +47,9 @@ def judge(name: str, got: Tensor, exact: Tensor, same_dtype: Tensor, tile: int |
         tile: the budget is taken per tile × tile square of the last two dimensions, so that one wrong tile cannot hide.
     """
     assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, wanted {list(exact.shape)}"
+    if got.dtype in CODES and got.dtype == exact.dtype:
+        _judge_codes(name, got.cpu(), exact.cpu())
+        return
     if not got.dtype.is_floating_point:
         wrong = (got.cpu() != exact.cpu()).nonzero()
         assert len(wrong) == 0, f"{name}: {len(wrong)} integers differ, first at {wrong[0].tolist()}"
@@ -71,6 +79,28 @@ def judge(name: str, got: Tensor, exact: Tensor, same_dtype: Tensor, tile: int |
             f"exact {exact.flatten()[worst]:.6g}, error {error.flatten()[worst]:.3g}, "
             f"allowed {allowed.flatten()[worst]:.3g} ({short(got.dtype)})"
         )
+
+
+def _judge_codes(name: str, got: Tensor, exact: Tensor) -> None:
+    """One code up or down, for few values: what a tie makes of a last bit. NaN must be where the reference has it."""
+    steps = (_ordinal(got) - _ordinal(exact)).abs()
+    far, moved = (steps > 1).nonzero(), int((steps > 0).sum())
+    assert len(far) == 0, (
+        f"{name}: {len(far)} of {steps.numel()} codes are more than one off, first at {far[0].tolist()}: "
+        f"got {got[tuple(far[0])].float():.6g}, exact {exact[tuple(far[0])].float():.6g}"
+    )
+    assert moved <= 1 + MOVED_CODES * steps.numel(), (
+        f"{name}: {moved} of {steps.numel()} codes are one off, more than ties explain"
+    )
+
+
+def _ordinal(codes: Tensor) -> Tensor:
+    """The codes in numerical order; both zeros of FP8 are 0 and both its NaNs lie far off."""
+    if codes.dtype is torch.int8:
+        return codes.int()
+    bits = codes.view(torch.uint8).int()
+    magnitude = bits & 127
+    return torch.where(magnitude == 127, 1000, torch.where(bits > 127, -magnitude, magnitude))
 
 
 def _tile_max(values: Tensor, tile: int | None) -> Tensor:
@@ -117,6 +147,16 @@ def _bits(values: Tensor) -> Tensor:
     return values.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
+def judge_bits(name: str, got: Tensor, wanted: Tensor) -> None:
+    """Raises AssertionError unless the results agree in every bit."""
+    assert got.shape == wanted.shape, f"{name}: shape {list(got.shape)}, wanted {list(wanted.shape)}"
+    assert got.dtype == wanted.dtype, f"{name}: {short(got.dtype)}, wanted {short(wanted.dtype)}"
+    wrong = (_bits(got) != _bits(wanted)).nonzero()
+    assert len(wrong) == 0, (
+        f"{name}: {len(wrong)} of {got.nbytes} bytes differ from the reference, first byte {wrong[0].item()}"
+    )
+
+
 def check_case(op: Op, impl: str, case: Case, device: torch.device | str = "cpu", seed: int = 0) -> None:
     """Runs one implementation on one case, twice, against the operator's reference on the same device.
 
@@ -124,7 +164,8 @@ def check_case(op: Op, impl: str, case: Case, device: torch.device | str = "cpu"
     Raises AssertionError when a value is over budget, not written, or differs between two runs.
     """
     arguments = case.build(Make(device, seed))
-    exact = _results(op, {name: _widen(_clone(value)) for name, value in arguments.items()}, "reference")
+    oracle = _clone if op.exact else lambda value: _widen(_clone(value))
+    exact = _results(op, {name: oracle(value) for name, value in arguments.items()}, "reference")
     plain = "baseline" if op.has_baseline else "reference"
     same = _results(op, {name: _clone(value) for name, value in arguments.items()}, plain)
     with poisoned():
@@ -133,4 +174,8 @@ def check_case(op: Op, impl: str, case: Case, device: torch.device | str = "cpu"
     assert len(first) == len(exact) == len(same), f"{op.name}: {len(first)} results, the reference has {len(exact)}"
     for (name, got), (_, again), (_, wide), (_, narrow) in zip(first, second, exact, same, strict=True):
         assert torch.equal(_bits(got), _bits(again)), f"{name}: two runs on the same inputs differ"
-        judge(f"{name} of {op.name}, {impl}, case {case.name}", got, wide, narrow)
+        title = f"{name} of {op.name}, {impl}, case {case.name}"
+        if op.exact:
+            judge_bits(title, got, wide)
+        else:
+            judge(title, got, wide, narrow)

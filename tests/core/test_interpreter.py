@@ -119,6 +119,23 @@ def test_integer_dot_is_exact():
     assert torch.equal(out, a.int() @ b.int())
 
 
+@triton.jit
+def _fused(out_ptr, x_ptr, y_ptr, n: tl.constexpr):
+    at = tl.arange(0, n)
+    x, y = tl.load(x_ptr + at), tl.load(y_ptr + at)
+    product = x * y
+    tl.store(out_ptr + at, tl.fma(x, y, -product))
+
+
+def test_a_fused_multiply_add_rounds_once():
+    x, y = draw(), draw().flip(0)
+    out = torch.empty(4096)
+    _fused[(1,)](out, x, y, 4096)
+    rest = x.double() * y.double() - (x * y).double()
+    assert rest.any()
+    assert torch.equal(out, rest.float())
+
+
 def test_range_over_a_loaded_value():
     out = torch.zeros(1, dtype=torch.int32)
     _loop[(1,)](out, torch.tensor([5], dtype=torch.int32))
@@ -136,6 +153,7 @@ checks = {
     "fp8": lambda: t.test_float32_rounds_to_nearest_even_and_fp8_saturates(torch.float8_e4m3fn),
     "arithmetic": t.test_bfloat16_arithmetic_and_comparison,
     "dot": lambda: t.test_dot(torch.bfloat16),
+    "fused": t.test_a_fused_multiply_add_rounds_once,
     "range": t.test_range_over_a_loaded_value,
 }
 for name, check in checks.items():
@@ -153,5 +171,5 @@ def test_without_the_repair_the_same_checks_fail():
     result = subprocess.run([sys.executable, "-c", WITHOUT, here], capture_output=True, text=True)
     lines = result.stdout.splitlines()
     numpy_24 = tuple(int(part) for part in np.__version__.split(".")[:2]) >= (2, 4)
-    wanted = ["cast", "fp8", "arithmetic", "dot"] + (["range"] if numpy_24 and triton.__version__ < "3.7" else [])
+    wanted = ["cast", "fp8", "arithmetic", "dot", "fused"] + (["range"] if numpy_24 and triton.__version__ < "3.7" else [])
     assert [line.split()[0] for line in lines if "fails" in line] == wanted, result.stdout + result.stderr

@@ -30,6 +30,31 @@ def test_formats_round_to_nearest_even_and_saturate():
     coded = formats.FP8_TENSOR.encode(values).float()
     assert coded.tolist() == [0.0, 1.0, 1.25, 448.0, 448.0, -448.0]
     assert formats.INT8_TOKEN.encode(torch.tensor([0.5, 1.5, 200.0, -200.0])).tolist() == [0, 2, 127, -127]
+    assert formats.INT8_TOKEN.encode(torch.tensor([float("nan"), float("inf")])).tolist() == [0, 127]
+
+
+def test_formats_say_the_shape_and_the_value_of_their_scales():
+    x = torch.zeros(2, 130, 300)
+    x[1, 129, 299] = 448.0
+    x[0, 0, 0] = float("nan")
+    shapes = {
+        "FP8_TENSOR": (1,),
+        "FP8_TOKEN": (2, 130),
+        "FP8_BLOCK": (2, 130, 3),
+        "INT8_TOKEN": (2, 130),
+        "INT8_CHANNEL": (2, 130),
+    }
+    for name, shape in shapes.items():
+        format = formats.FORMATS[name]
+        scale = format.dynamic_scale(x)
+        assert scale.shape == format.scale_shape(x.shape) == shape
+        assert scale.flatten()[-1] == torch.tensor(448.0) / format.largest
+        assert (scale.flatten()[:-1] == 1).all()
+        assert (format.spread(scale, x.shape) * x)[1, 129, 299] == 448.0 * 448.0 / format.largest
+    squares = formats.FP8_BLOCK.dynamic_scale(x, weight=True)
+    assert squares.shape == formats.FP8_BLOCK.scale_shape(x.shape, weight=True) == (2, 2, 3)
+    assert formats.FP8_BLOCK.spread(squares, x.shape, weight=True).shape == x.shape
+    assert formats.FP8_TOKEN.dynamic_scale(torch.full((1, 2), 1e-45)) == formats.SMALLEST_SCALE
 
 
 def test_a_case_is_drawn_the_same_twice_and_never_zero():

@@ -6,7 +6,7 @@ import torch
 from penstock.core.cases import Case
 from penstock.core.check import FLOATS
 from penstock.core.op import op
-from penstock.testing.budget import check_case, judge, poisoned
+from penstock.testing.budget import CODES, check_case, judge, judge_bits, poisoned
 
 
 @op("(Tensor(a!) out, Tensor x, Tensor(b!) total) -> ()", {"x": ("M N", FLOATS), "total": ("N", "x"), "out?": ("M N", "x")})
@@ -98,6 +98,38 @@ def test_infinities_must_agree():
     for bad in (torch.tensor([1.0, 0.0]), torch.tensor([-float("inf"), -float("inf")]), torch.tensor([1.0, float("inf")])):
         with pytest.raises(AssertionError):
             judge("lse", bad, exact, exact)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_codes_may_be_one_off_where_a_tie_was(dtype):
+    exact = torch.arange(-126, 127, dtype=torch.int8).view(dtype)
+    exact = exact if dtype is torch.int8 else torch.where(exact.float().isnan(), 1.0, exact.float()).to(dtype)
+    judge("q", exact.clone(), exact, exact)
+    for steps, count, message in ((1, 2, None), (1, 9, "9 of 253 codes are one off"), (2, 1, "more than one off")):
+        got = exact.clone().view(torch.int8)
+        got[150 : 150 + count] += steps
+        got = got.view(dtype)
+        if message is None:
+            judge("q", got, exact, exact)
+        else:
+            with pytest.raises(AssertionError, match=message):
+                judge("q", got, exact, exact)
+
+
+def test_zero_has_two_codes_and_nan_must_agree():
+    exact = torch.tensor([0.0, 1.0, float("nan")]).to(torch.float8_e4m3fn)
+    judge("q", torch.tensor([-0.0, 1.0, float("nan")]).to(torch.float8_e4m3fn), exact, exact)
+    for bad in ([0.0, float("nan"), float("nan")], [0.0, 1.0, 448.0]):
+        with pytest.raises(AssertionError, match="more than one off"):
+            judge("q", torch.tensor(bad).to(torch.float8_e4m3fn), exact, exact)
+
+
+def test_bits_must_agree_where_an_operator_is_exact():
+    judge_bits("q", torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("nan")]))
+    with pytest.raises(AssertionError, match="1 of 8 bytes differ"):
+        judge_bits("q", torch.tensor([0.0, 1.0]), torch.tensor([-0.0, 1.0]))
+    with pytest.raises(AssertionError, match="float32, wanted int8"):
+        judge_bits("q", torch.zeros(2), torch.zeros(2, dtype=torch.int8))
 
 
 def test_integers_must_be_equal():
