@@ -166,7 +166,7 @@ def first_slots(cache: Tensor, pages: list[int], length: int) -> Tensor:
     page, slot, head, one = cache.stride()
     first = pages[0] if pages else 0
     end = first + len(pages)
-    if page == S * slot and 0 <= first and end <= P and pages == list(range(first, end)):
+    if page == S * slot and first >= 0 and end <= P and pages == list(range(first, end)):
         return cache.as_strided((length, Hkv, D), (slot, head, one), cache.storage_offset() + first * page)
     return cache.index_select(0, torch.tensor(pages, dtype=torch.int64)).flatten(0, 1)[:length]
 

@@ -119,7 +119,7 @@ def _attend_together(
     else:
         table: np.ndarray = page_table[:, : -(-longest // S)].numpy()
         keys: np.ndarray = np.arange(longest, dtype=np.int32)
-        slots = (table[:, :, None] * S + keys[:S]).reshape(B, -1)[:, :longest] if S <= longest else table * S + keys
+        slots = (table[:, :, None] * S + keys[:S]).reshape(B, -1)[:, :longest] if longest >= S else table * S + keys
         if shortest < longest:
             seen = keys < seqlens_k.numpy()[:, None]
             # Slots past the end may hold NaN, which no mask removes: the request's first key stands in for them.
