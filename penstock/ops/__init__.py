@@ -16,6 +16,7 @@ from penstock.ops.norm.layer_norm import layer_norm as layer_norm
 from penstock.ops.norm.rms_norm import rms_norm as rms_norm
 from penstock.ops.norm.rms_norm_quant import rms_norm_quant as rms_norm_quant
 from penstock.ops.quantization.dequantize import dequantize as dequantize
+from penstock.ops.quantization.hadamard import hadamard as hadamard
 from penstock.ops.quantization.quantize import quantize as quantize
 from penstock.ops.rotary.rope import rope as rope
 from penstock.ops.rotary.table import rope_table as rope_table
