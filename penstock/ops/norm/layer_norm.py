@@ -71,10 +71,11 @@ def _triton(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: fl
 def _cpu(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
     if x.numel() == 0:
         return
-    wide = torch.promote_types(x.dtype, torch.float32)
-    out.copy_(
-        torch.nn.functional.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias if bias is None else bias.to(wide), eps)
-    )
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    bias = None if bias is None else bias.to(wide.dtype)
+    # torch subtracts the mean again: what rounding left of a large one is taken off.
+    centred = wide - wide.mean(-1, keepdim=True)
+    out.copy_(torch.nn.functional.layer_norm(centred, weight.shape, weight.to(wide.dtype), bias, eps))
 
 
 @layer_norm.cost

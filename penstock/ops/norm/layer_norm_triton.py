@@ -1,6 +1,7 @@
 """A program holds whole rows in registers; a row too wide for that is walked three times in chunks, twice of them out of L2.
 
-The variance is that of the centred values, so that a large mean costs no digits.
+The variance is that of the centred values, and what rounding left in their mean is taken off again, so that a large mean costs
+no digits.
 """
 
 import triton
@@ -50,6 +51,7 @@ def _layer_norm_kernel(
         mask = live & inside
         x = tl.load(x_rows + offsets, mask, other=0.0).to(tl.float32)
         centred = tl.where(inside, x - (tl.sum(x, axis=1) / N)[:, None], 0.0)
+        centred = tl.where(inside, centred - (tl.sum(centred, axis=1) / N)[:, None], 0.0)
         scale = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
         _scale_and_write(out_rows, centred, scale, weight_ptr, bias_ptr, offsets, inside, mask, HAS_BIAS)
     else:
@@ -57,17 +59,20 @@ def _layer_norm_kernel(
         for first in range(0, N, BLOCK):
             sums += tl.load(x_rows + first + offsets, live & (first + offsets < N), other=0.0).to(tl.float32)
         mean = (tl.sum(sums, axis=1) / N)[:, None]
+        sums = tl.zeros((ROWS, BLOCK), tl.float32)
         squares = tl.zeros((ROWS, BLOCK), tl.float32)
         for first in range(0, N, BLOCK):
             inside = first + offsets < N
             x = tl.load(x_rows + first + offsets, live & inside, other=0.0).to(tl.float32)
             centred = tl.where(inside, x - mean, 0.0)
+            sums += centred
             squares += centred * centred
-        scale = tl.rsqrt(tl.sum(squares, axis=1) / N + eps)
+        rest = tl.sum(sums, axis=1) / N
+        scale = tl.rsqrt(tl.sum(squares, axis=1) / N - rest * rest + eps)
         for first in range(0, N, BLOCK):
             columns = first + offsets
             mask = live & (columns < N)
-            centred = tl.load(x_rows + columns, mask, other=0.0).to(tl.float32) - mean
+            centred = tl.load(x_rows + columns, mask, other=0.0).to(tl.float32) - mean - rest[:, None]
             _scale_and_write(out_rows, centred, scale, weight_ptr, bias_ptr, columns, columns < N, mask, HAS_BIAS)
 
 
