@@ -100,6 +100,20 @@ class Format:
             return f"must be float32{list(wanted)} with format={self.name}, got {got}"
         return None if scale.device == x.device else f"must be on {x.device} like x, got {scale.device}"
 
+    def results_fault(
+        self, x: Tensor, out: Tensor | None, out_scale: object, scale: object, weight: bool = False
+    ) -> tuple[str, str] | None:
+        """(argument, what it must be) for the first of an operator's quantised results and scales that is wrong, or None."""
+        if out is not None and out.dtype is not self.dtype:
+            return "out", f"must be {self.dtype} with format={self.name}, got {out.dtype}"
+        if scale is not None and out_scale is not None:
+            return "out_scale", "must be None when `scale` is given"
+        for argument, value in (("scale", scale), ("out_scale", out_scale)):
+            fault = None if value is None else self.scale_fault(value, x, weight)
+            if fault:
+                return argument, fault
+        return None
+
 
 def _in_groups(values: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % BLOCK))
@@ -122,3 +136,12 @@ def is_format(value: object) -> str | None:
 def name_of(format: object) -> object:
     """A format's name; anything else is returned for the contract to refuse."""
     return format.name if isinstance(format, Format) else format
+
+
+def unfit_for_rows(format: object, scale: Tensor | None) -> str | None:
+    """Why an operator that makes rows in one pass cannot quantise them too, or None when it can."""
+    if format == INT8_CHANNEL:
+        return "format INT8_CHANNEL: its scales belong to the rows of a weight; use INT8_TOKEN"
+    if format == FP8_TENSOR and scale is None:
+        return "format FP8_TENSOR without `scale`: the scale of all rows is known after the last one; give it, or call quantize"
+    return None

@@ -2,6 +2,7 @@
 
 from penstock.ops.activation.gelu_and_mul import gelu_and_mul as gelu_and_mul
 from penstock.ops.activation.silu_and_mul import silu_and_mul as silu_and_mul
+from penstock.ops.activation.silu_and_mul_quant import silu_and_mul_quant as silu_and_mul_quant
 from penstock.ops.attention.decode import attention_decode as attention_decode
 from penstock.ops.attention.decode_plan import attention_decode_plan as attention_decode_plan
 from penstock.ops.attention.merge import merge_attention as merge_attention
@@ -11,8 +12,11 @@ from penstock.ops.kvcache.copy_pages import copy_pages as copy_pages
 from penstock.ops.kvcache.gather_kv import gather_kv as gather_kv
 from penstock.ops.kvcache.store_kv import store_kv as store_kv
 from penstock.ops.norm.add_rms_norm import add_rms_norm as add_rms_norm
+from penstock.ops.norm.layer_norm import layer_norm as layer_norm
 from penstock.ops.norm.rms_norm import rms_norm as rms_norm
+from penstock.ops.norm.rms_norm_quant import rms_norm_quant as rms_norm_quant
 from penstock.ops.quantization.dequantize import dequantize as dequantize
+from penstock.ops.quantization.hadamard import hadamard as hadamard
 from penstock.ops.quantization.quantize import quantize as quantize
 from penstock.ops.rotary.rope import rope as rope
 from penstock.ops.rotary.table import rope_table as rope_table

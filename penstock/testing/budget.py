@@ -17,7 +17,8 @@ from penstock.core.check import short
 from penstock.core.op import Op
 
 CODES = (torch.float8_e4m3fn, torch.int8)
-# Sums in another order move a value across the middle between two codes once in thousands.
+# Sums in another order move a value across the middle between two codes once in thousands; beyond that, what rounding the
+# inputs of the reference does counts twice.
 MOVED_CODES = 0.01
 
 
@@ -48,7 +49,7 @@ def judge(name: str, got: Tensor, exact: Tensor, same_dtype: Tensor, tile: int |
     """
     assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, wanted {list(exact.shape)}"
     if got.dtype in CODES and got.dtype == exact.dtype:
-        _judge_codes(name, got.cpu(), exact.cpu())
+        _judge_codes(name, got.cpu(), exact.cpu(), same_dtype.cpu())
         return
     if not got.dtype.is_floating_point:
         wrong = (got.cpu() != exact.cpu()).nonzero()
@@ -81,17 +82,16 @@ def judge(name: str, got: Tensor, exact: Tensor, same_dtype: Tensor, tile: int |
         )
 
 
-def _judge_codes(name: str, got: Tensor, exact: Tensor) -> None:
-    """One code up or down, for few values: what a tie makes of a last bit. NaN must be where the reference has it."""
+def _judge_codes(name: str, got: Tensor, exact: Tensor, same: Tensor) -> None:
+    """One code up or down, for few more values than in the reference of the same dtype. NaN must be where it should be."""
     steps = (_ordinal(got) - _ordinal(exact)).abs()
     far, moved = (steps > 1).nonzero(), int((steps > 0).sum())
     assert len(far) == 0, (
         f"{name}: {len(far)} of {steps.numel()} codes are more than one off, first at {far[0].tolist()}: "
         f"got {got[tuple(far[0])].float():.6g}, exact {exact[tuple(far[0])].float():.6g}"
     )
-    assert moved <= 1 + MOVED_CODES * steps.numel(), (
-        f"{name}: {moved} of {steps.numel()} codes are one off, more than ties explain"
-    )
+    explained = 1 + 2 * int((_ordinal(same) != _ordinal(exact)).sum()) + int(MOVED_CODES * steps.numel())
+    assert moved <= explained, f"{name}: {moved} of {steps.numel()} codes are one off, rounding explains {explained}"
 
 
 def _ordinal(codes: Tensor) -> Tensor:

@@ -105,7 +105,11 @@ def test_codes_may_be_one_off_where_a_tie_was(dtype):
     exact = torch.arange(-126, 127, dtype=torch.int8).view(dtype)
     exact = exact if dtype is torch.int8 else torch.where(exact.float().isnan(), 1.0, exact.float()).to(dtype)
     judge("q", exact.clone(), exact, exact)
-    for steps, count, message in ((1, 2, None), (1, 9, "9 of 253 codes are one off"), (2, 1, "more than one off")):
+    for steps, count, message in (
+        (1, 2, None),
+        (1, 9, "9 of 253 codes .* explains 3"),
+        (2, 1, "more than one off"),
+    ):
         got = exact.clone().view(torch.int8)
         got[150 : 150 + count] += steps
         got = got.view(dtype)

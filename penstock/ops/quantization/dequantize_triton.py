@@ -5,8 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.core.formats import Format
+from penstock.core.formats_triton import configure, place_units, scale_index, units_of
 from penstock.core.rows import walk_rows
-from penstock.ops.quantization.quantize_triton import configure, place_units, scale_index, units_of
 
 
 @triton.jit

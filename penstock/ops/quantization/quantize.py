@@ -83,15 +83,7 @@ def _relation(
     fault = kind.weight_fault(x, weight)
     if fault:
         return "weight", fault
-    if out is not None and out.dtype is not kind.dtype:
-        return "out", f"must be {kind.dtype} with format={format}, got {out.dtype}"
-    if scale is not None and out_scale is not None:
-        return "out_scale", "must be None when `scale` is given"
-    for argument, value in (("scale", scale), ("out_scale", out_scale)):
-        fault = None if value is None else kind.scale_fault(value, x, weight)
-        if fault:
-            return argument, fault
-    return None
+    return kind.results_fault(x, out, out_scale, scale, weight)
 
 
 @quantize.reference

@@ -4,62 +4,16 @@ One pass, except: a row wider than 16,384 is walked twice, the second time out o
 two small kernels first.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from penstock.core.formats import BLOCK, Format
-from penstock.core.formats_triton import encode, magnitude, scale_of
+from penstock.core.formats_triton import configure, encode, magnitude, place_units, scale_index, scale_of, units_of
 from penstock.core.rows import walk_rows
 
 PARTIALS = 1024
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A program takes `units` units of a row, `block` columns of each at a time, with num_warps warps."""
-
-    units: int
-    block: int
-    num_warps: int
-
-
-def configure(width: int) -> Launch:
-    """Sixteen values a thread: two 16-byte loads in bfloat16, one 16-byte store of codes."""
-    block = triton.next_power_of_2(max(width, 1))
-    if block > 16384:
-        return Launch(1, 8192, 16)
-    units = max(1, min(64, 2048 // block))
-    return Launch(units, block, max(4, units * block // 512))
-
-
-@triton.jit
-def place_units(units, num_units, per_row, width, inner):
-    """(live, outer, step, start) of units: rows as `walk_rows` has them, and the first column."""
-    rows = units // per_row
-    return (
-        (units < num_units)[:, None],
-        (rows // inner).to(tl.int64)[:, None],
-        (rows % inner).to(tl.int64)[:, None],
-        (units % per_row * width)[:, None],
-    )
-
-
-@triton.jit
-def scale_index(units, per_row, N, SHARE: tl.constexpr):
-    """Which scale serves a unit."""
-    if SHARE == "tensor":
-        return units * 0
-    elif SHARE == "row":
-        return units // per_row
-    elif SHARE == "block":
-        return units
-    else:
-        row = units // per_row
-        return (row // N * tl.cdiv(N, 128) + row % N // 128) * per_row + units % per_row
 
 
 @triton.jit
@@ -170,16 +124,6 @@ def _most_kernel(
 def _tensor_scale_kernel(scale_ptr, partial_ptr, n, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(scale_ptr, scale_of(tl.max(tl.load(partial_ptr + at, at < n, other=0.0), axis=0), LARGEST))
-
-
-def units_of(K: int, format: Format, dynamic: bool) -> tuple[str, int, int]:
-    """(what shares a scale, units of a row, their width)."""
-    if format.granularity == "block":
-        return "block", triton.cdiv(K, BLOCK), BLOCK
-    share = "tensor" if format.granularity == "tensor" else "row"
-    # A scale that is known lets a row be cut anywhere.
-    width = K if dynamic and share == "row" else min(K, 2048)
-    return share, triton.cdiv(K, width), width
 
 
 def launch(out: Tensor, out_scale: Tensor | None, x: Tensor, scale: Tensor | None, format: Format, weight: bool) -> None:
