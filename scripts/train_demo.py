@@ -41,7 +41,8 @@ Python documentation; what it says is not to be believed.
   prose comments of the standard library, the licence. Questions in the chat format were made from the docstrings.
   The text is under the PSF License Version 2 and the notices in CPython's `LICENSE`.
 - **Training**: {step:,} steps of {batch_tokens:,} tokens ({epochs:.1f} epochs) on {hardware}, {minutes:.1f} minutes,
-  contexts of 512 and 2,048, AdamW, cosine schedule. {keep} Losses are in `train_log.jsonl`.
+  contexts of 512 and 2,048, AdamW, cosine schedule. The step with the best validation loss was kept. Losses are
+  in `train_log.jsonl`.
 - **Validation loss**: {loss:.3f} nats per token in bfloat16, on {validation_tokens:,} tokens of held-out documents.
 - **Command**: `python scripts/train_demo.py {arguments}`
 
@@ -49,12 +50,6 @@ Continuations, the first greedy, the others at temperature 0.7 and top-p 0.9:
 
 {samples}
 """
-
-
-KEPT = {
-    "best": "The weights with the best validation loss were kept.",
-    "last": "The last weights were kept: they know much of the text by heart, which reads better than what generalises.",
-}
 
 
 class Stream:
@@ -137,7 +132,7 @@ def train(model, stream: Stream, validation, options, partial: Path) -> list[dic
             losses.clear()
             state["log"].append(record)
             state |= {"step": step + 1, "seconds": record["seconds"]}
-            if options.keep == "last" or held_out < state["best"]:
+            if held_out < state["best"]:
                 state["best"] = held_out
                 save(model.state_dict(), partial / "best.pt")
             saved = {"state": state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -202,7 +197,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--text", type=Path, help="where the gathered text is kept: read if it is there, else written")
-    parser.add_argument("--keep", choices=("best", "last"), default="best", help="which validation's weights are saved")
     parser.add_argument("--resume", action="store_true", help="go on from the last log line of an interrupted run")
     options = parser.parse_args()
     if options.batch % 2048:
@@ -252,8 +246,7 @@ def main() -> None:
         "steps": options.steps,
         "seed": options.seed,
         "hardware": torch.cuda.get_device_name() if model.device.type == "cuda" else "one CPU thread",
-        "arguments": f"--device {options.device} --steps {options.steps} --batch {options.batch} --keep {options.keep}",
-        "keep": KEPT[options.keep],
+        "arguments": f"--device {options.device} --steps {options.steps} --batch {options.batch}",
     }
     print(json.dumps(facts), flush=True)
     try:
@@ -264,7 +257,7 @@ def main() -> None:
         raise SystemExit(f"nothing to save: no validation within {options.minutes} minutes; lower --log-every")
 
     folder = export(partial, model, tokenizer)
-    best = log[-1] if options.keep == "last" else min(log, key=lambda record: record["validation_loss"])
+    best = min(log, key=lambda record: record["validation_loss"])
     loss = validation_loss(AutoModelForCausalLM.from_pretrained(folder), validation)
     final = {"saved_step": best["step"], "dtype": "bfloat16", "validation_loss": round(loss, 4)}
     print(json.dumps(final))
