@@ -250,7 +250,9 @@ def bench_from_command_line(
     if model and shape:
         raise ValueError(f"give a model or a shape, got both: {model!r} and {shape!r}")
     on_gpu = device.type == "cuda"
-    shape = shape or ("" if model else "tiny" if quick else "llama-3.1-8b" if on_gpu else "small")
+    if not model and not shape and not quick and not on_gpu:
+        model = "demo"
+    shape = shape or ("" if model else "tiny" if quick else "llama-3.1-8b")
     dtype = torch.bfloat16 if on_gpu else torch.float32
     if quick:
         workloads, rounds = [Workload(1, 12, 9), Workload(4, 12, 9)], 2

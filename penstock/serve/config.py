@@ -61,7 +61,7 @@ class EngineConfig:
         max_num_batched_tokens: tokens computed in one step.
         max_prefill_chunk: tokens of one prompt computed in one step; None takes what the step has left.
         kv_cache_memory: bytes, or "2GiB"; None lets the runner measure what is free.
-        page_size: tokens in one page of the KV cache, a power of two.
+        page_size: tokens in one page of the KV cache, a power of two; None takes 64 on a GPU and 16 on a CPU.
         seed: of the seeds drawn for requests that bring none.
         skip_tokenizer_init: token ids in, token ids out.
         enforce_eager: no CUDA graphs.
@@ -77,7 +77,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     max_prefill_chunk: int | None = None
     kv_cache_memory: int | str | None = None
-    page_size: int = 16
+    page_size: int | None = None
     seed: int = 0
     skip_tokenizer_init: bool = False
     enforce_eager: bool = False
@@ -121,7 +121,7 @@ class EngineConfig:
                 "None or an integer ≥ 1",
                 self.max_prefill_chunk is None or _is_int(self.max_prefill_chunk, 1),
             ),
-            ("page_size", "a power of two", _is_int(self.page_size, 1) and self.page_size & (self.page_size - 1) == 0),
+            ("page_size", "None or a power of two", _is_page_size(self.page_size)),
             ("seed", "an integer ≥ 0", _is_int(self.seed, 0)),
             ("skip_tokenizer_init", "True or False", isinstance(self.skip_tokenizer_init, bool)),
             ("enforce_eager", "True or False", isinstance(self.enforce_eager, bool)),
@@ -141,6 +141,10 @@ class EngineConfig:
     def kv_cache_bytes(self) -> int | None:
         """`kv_cache_memory` in bytes, or None to measure."""
         return None if self.kv_cache_memory is None else parse_bytes(self.kv_cache_memory)
+
+
+def _is_page_size(value: object) -> bool:
+    return value is None or (isinstance(value, int) and _is_int(value, 1) and value & (value - 1) == 0)
 
 
 def _is_int(value: Any, smallest: int) -> bool:

@@ -37,7 +37,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         kv_cache_memory: int | str | None = None,
-        page_size: int = 16,
+        page_size: int | None = None,
         skip_tokenizer_init: bool = False,
         enforce_eager: bool = False,
         seed: int = 0,

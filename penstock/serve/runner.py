@@ -45,6 +45,7 @@ class Runner:
 
     def __init__(self, spec: ModelSpec, weights: Weights, config: EngineConfig, *, record: Record | None = None):
         device, dtype = weights.embedding.device, weights.embedding.dtype
+        page_size = config.page_size or (64 if device.type == "cuda" else 16)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         else:
@@ -58,7 +59,7 @@ class Runner:
         )
         size = size_pool(
             spec,
-            page_size=config.page_size,
+            page_size=page_size,
             dtype=dtype,
             available=available,
             max_model_len=config.max_model_len,
@@ -68,14 +69,14 @@ class Runner:
         self.device = device
         self.vocab_size = spec.vocab_size
         self.eos_token_ids = spec.eos_token_ids
-        self.page_size = config.page_size
+        self.page_size = page_size
         self.num_pages = size.num_pages
         self.max_model_len = size.max_model_len
-        self.pool = KVPool(spec, size.num_pages, config.page_size, dtype=dtype, device=device)
+        self.pool = KVPool(spec, size.num_pages, page_size, dtype=dtype, device=device)
         self.decoder = Decoder(spec, weights, self.pool.layers, max_model_len=size.max_model_len)
         self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, spec.eos_token_ids, device)
-        self.max_pages = -(-size.max_model_len // config.page_size)
-        self._page_bits = config.page_size.bit_length() - 1
+        self.max_pages = -(-size.max_model_len // page_size)
+        self._page_bits = page_size.bit_length() - 1
         # the last row is that of padding
         pages = torch.zeros((config.max_num_seqs + 1, self.max_pages), dtype=torch.int32)
         self._host_pages: np.ndarray = pages.numpy()

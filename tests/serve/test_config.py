@@ -59,7 +59,7 @@ def test_every_reason_at_once():
         "enforce_eager",
         "kv_cache_memory",
     ]
-    assert "  `page_size` must be a power of two, got 12" in lines
+    assert "  `page_size` must be None or a power of two, got 12" in lines
 
 
 def test_a_step_holds_a_token_for_every_running_request():
