@@ -1,7 +1,7 @@
 """One GPU session in one command: facts and ceilings, the GPU tests, every operator with its peers, the engine.
 
     PYTHONPATH=. python benchmarks/gpu_session.py --minutes 9 --output $OUT
-    PYTHONPATH=. python benchmarks/gpu_session.py --device cpu --quick --minutes 3 --output /tmp/session     # a dry run
+    PYTHONPATH=. python benchmarks/gpu_session.py --device cpu --quick --minutes 3 --output session     # a dry run
 
 Each part runs in processes of its own with a time limit, so that a hang or a crash costs one part, and among operators one
 operator. What a part leaves unused goes to the parts after it. The output folder holds at most six files: facts.json,
