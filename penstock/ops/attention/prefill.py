@@ -135,8 +135,9 @@ def _baseline(
     return _reference.over_requests(_reference.naive, q, requests, v.shape[2], *options)
 
 
-# At D = 256 a tile of 64 keys spills 40 bytes; 32 keys spill none, and halve the work between two rescalings.
-@attention_prefill.impl("triton", needs=("triton",), instructions=("HGMMA",), spill_bytes=40)
+# At D = 256 a tile of 64 keys spills 40 bytes with Triton 3.6 and 56 with 3.9; 32 keys spill none, and halve the work between
+# two rescalings.
+@attention_prefill.impl("triton", needs=("triton",), instructions=("HGMMA",), spill_bytes=56)
 def _triton(
     out: Tensor,
     out_lse: Tensor | None,
