@@ -65,6 +65,7 @@ class EngineConfig:
         seed: of the seeds drawn for requests that bring none.
         skip_tokenizer_init: token ids in, token ids out.
         enforce_eager: no CUDA graphs.
+        enable_prefix_caching: find the pages of earlier requests again; None does so unless the model has a recurrent state.
     Raises: InvalidConfig listing every field that is wrong.
     """
 
@@ -81,6 +82,7 @@ class EngineConfig:
     seed: int = 0
     skip_tokenizer_init: bool = False
     enforce_eager: bool = False
+    enable_prefix_caching: bool | None = None
 
     def __post_init__(self) -> None:
         reasons = [
@@ -125,6 +127,7 @@ class EngineConfig:
             ("seed", "an integer ≥ 0", _is_int(self.seed, 0)),
             ("skip_tokenizer_init", "True or False", isinstance(self.skip_tokenizer_init, bool)),
             ("enforce_eager", "True or False", isinstance(self.enforce_eager, bool)),
+            ("enable_prefix_caching", "None, True or False", self.enable_prefix_caching in (None, True, False)),
         ]
 
     @property
@@ -162,6 +165,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int  # in one step
     max_prefill_chunk: int | None = None  # tokens of one request in one step; None: whatever the step has left
     watermark: int | None = None  # pages kept free at admission for those already running; None: 1 %, at least 1
+    enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "page_size", "max_num_seqs", "max_num_batched_tokens"):

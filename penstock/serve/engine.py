@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from penstock.serve.config import EngineConfig, SchedulerConfig
-from penstock.serve.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
+from penstock.serve.config import EngineConfig, InvalidConfig, SchedulerConfig
+from penstock.serve.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput, Statistics
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import StepPlan, StepResult, TokenLogprobs
 from penstock.serve.scheduler import Event, FinishedEvent, Scheduler, TokenEvent
@@ -41,6 +41,11 @@ class Runner(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def eos_token_ids(self) -> Sequence[int]: ...
+    @property
+    def has_recurrent_state(self) -> bool:
+        """Whether a request has a state besides its pages, so that finding its pages again is not enough."""
+        ...
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Do all of the plan and answer with one token for each Work that samples."""
         ...
@@ -169,6 +174,8 @@ class Engine:
     """Requests in, outputs out, one step at a time."""
 
     def __init__(self, config: EngineConfig, runner: Runner, tokenizer: Tokenizer | None) -> None:
+        if config.enable_prefix_caching and runner.has_recurrent_state:
+            raise InvalidConfig("EngineConfig: `enable_prefix_caching` must be None or False for a model with recurrent state")
         self.config = config
         self.runner = runner
         self.tokenizer = tokenizer
@@ -182,6 +189,7 @@ class Engine:
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_prefill_chunk=config.max_prefill_chunk,
+                enable_prefix_caching=config.enable_prefix_caching is not False and not runner.has_recurrent_state,
             )
         )
         self._seeds = random.Random(config.seed)
@@ -262,6 +270,10 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Whether a step would give anything."""
         return bool(self._groups or self._undelivered)
+
+    def statistics(self) -> Statistics:
+        """What was done since the engine was made, and how things are now."""
+        return self.scheduler.statistics()
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; the outputs of the requests that got further.

@@ -40,6 +40,7 @@ class LLM:
         page_size: int | None = None,
         skip_tokenizer_init: bool = False,
         enforce_eager: bool = False,
+        enable_prefix_caching: bool | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
         runner: Runner | None = None,
@@ -57,6 +58,7 @@ class LLM:
             page_size=page_size,
             skip_tokenizer_init=skip_tokenizer_init,
             enforce_eager=enforce_eager,
+            enable_prefix_caching=enable_prefix_caching,
             seed=seed,
         )
         if not skip_tokenizer_init and loaded is None:  # before the weights: it fails sooner

@@ -27,7 +27,10 @@ class Runner:
         num_pages, page_size: the pool that the scheduler hands out.
         max_model_len: the longest prompt and output together.
         vocab_size, eos_token_ids: of the model.
+        has_recurrent_state: whether a request has more to remember than its pages.
     """
+
+    has_recurrent_state = False
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> "Runner":

@@ -29,10 +29,11 @@ def make_runner(record=None, **options):
     return Runner(SPEC, weights, EngineConfig("unused", **{"max_num_seqs": 6, "page_size": 4, **options}), record=record)
 
 
-def generate(runner, prompts, params, *, budget=64, max_num_seqs=6, num_pages=None):
+def generate(runner, prompts, params, *, budget=64, max_num_seqs=6, num_pages=None, caching=True):
     """(tokens, log-probabilities) of each prompt; params one for all or a list; the seed of prompt i is 100 + i."""
     pages = runner.num_pages if num_pages is None else num_pages
-    scheduler = Scheduler(SchedulerConfig(pages, runner.page_size, runner.max_model_len, max_num_seqs, budget))
+    limits = (pages, runner.page_size, runner.max_model_len, max_num_seqs, budget)
+    scheduler = Scheduler(SchedulerConfig(*limits, enable_prefix_caching=caching))
     every = params if isinstance(params, list) else [params] * len(prompts)
     for i, (prompt, own) in enumerate(zip(prompts, every, strict=True)):
         scheduler.add(str(i), prompt, own, own.seed if own.seed is not None else 100 + i, runner.eos_token_ids)
@@ -142,7 +143,7 @@ def test_recorded_steps_give_the_same_tokens(page_size):
 def test_padding_rows_write_nothing():
     runner = make_runner(record_plainly)
     runner.pool.data.fill_(torch.nan)
-    generate(runner, PROMPTS[:3], GREEDY)
+    generate(runner, PROMPTS[:3], GREEDY, caching=False)
     written = ~runner.pool.data.isnan().all(-1).all(-1)  # [L, 2, P, S]
     assert written.sum().item() == sum(len(prompt) + 9 for prompt in PROMPTS[:3]) * 2 * 2
 

@@ -25,8 +25,8 @@ def build(**limits):
         "max_num_batched_tokens": 64,
         **limits,
     }
-    watermark = limits.pop("watermark", None)
-    return Scheduler(SchedulerConfig(**limits, watermark=watermark)), SimulatedRunner(**limits)
+    own = {name: limits.pop(name) for name in ("watermark", "enable_prefix_caching") if name in limits}
+    return Scheduler(SchedulerConfig(**limits, **own)), SimulatedRunner(**limits)
 
 
 def advance(scheduler, runner):
@@ -80,7 +80,7 @@ def test_decodes_come_first_and_prefills_share_what_is_left():
     scheduler.add("a", [1] * 3, params(), 0)
     assert work(advance(scheduler, runner)[0]) == ([], [(0, 0, 3, True)])
     scheduler.add("b", [1] * 10, params(), 0)
-    scheduler.add("c", [1] * 10, params(), 0)
+    scheduler.add("c", [2] * 10, params(), 0)
     assert work(advance(scheduler, runner)[0]) == ([(0, 3, 1, True)], [(1, 0, 7, False)])
     assert work(advance(scheduler, runner)[0]) == ([(0, 4, 1, True)], [(1, 7, 3, True), (2, 0, 4, False)])
     assert work(advance(scheduler, runner)[0]) == ([(0, 5, 1, True), (1, 10, 1, True)], [(2, 4, 6, True)])
@@ -173,12 +173,12 @@ def test_preempted_requests_come_back_in_first_come_order():
 def test_admission_leaves_the_watermark_to_those_running():
     scheduler, runner = build(num_pages=8, watermark=3)
     scheduler.add("a", [1] * 12, params(), 0)
-    scheduler.add("b", [1] * 12, params(), 0)
+    scheduler.add("b", [2] * 12, params(), 0)
     advance(scheduler, runner)  # 3 of 8 pages; b would leave 2
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
     scheduler, runner = build(num_pages=8, watermark=2)
     scheduler.add("a", [1] * 12, params(), 0)
-    scheduler.add("b", [1] * 12, params(), 0)
+    scheduler.add("b", [2] * 12, params(), 0)
     advance(scheduler, runner)
     assert (scheduler.num_running, scheduler.num_waiting) == (2, 0)
 
@@ -196,9 +196,123 @@ def test_a_preempted_request_comes_back_only_when_all_of_it_fits():
 def test_an_older_prefill_takes_pages_from_a_younger_decode():
     scheduler, runner = build(num_pages=6, max_prefill_chunk=4, max_num_seqs=2, watermark=0)
     scheduler.add("long", [1] * 21, params(2), 0)
-    scheduler.add("short", [1] * 4, params(12), 0)
+    scheduler.add("short", [2] * 4, params(12), 0)
     tokens, _ = run(scheduler, runner)
     assert scheduler.num_preemptions == 1 and [len(tokens[name]) for name in ("long", "short")] == [2, 12]
+
+
+# Pages found again
+
+
+def hits(scheduler):
+    statistics = scheduler.statistics()
+    return statistics.prefix_hit_tokens, statistics.prompt_tokens
+
+
+def test_a_later_request_goes_on_after_the_pages_of_an_earlier_one():
+    scheduler, runner = build()
+    scheduler.add("a", range(10), params(4), 0)
+    run(scheduler, runner)
+    assert scheduler.statistics().cached_pages == 3 and scheduler.num_free_pages == 64  # 13 tokens were computed
+    scheduler.add("b", [*range(10), 7, 7], params(4), 0)
+    scheduler.add("c", [*range(4), 7, 7, 7], params(4), 0)
+    scheduler.add("d", [7, *range(1, 10)], params(4), 0)
+    plan, _ = advance(scheduler, runner)
+    assert work(plan)[1] == [(1, 8, 4, True), (2, 4, 3, True), (3, 0, 10, True)]
+    assert (plan.prefills[0].page_index, len(plan.prefills[0].new_pages)) == (0, 3)
+    assert hits(scheduler) == (12, 10 + 12 + 7 + 10)
+
+
+def test_the_answer_is_part_of_what_the_next_turn_finds():
+    scheduler, runner = build()
+    scheduler.add("turn 1", range(6), params(7), 5)
+    tokens, _ = run(scheduler, runner)
+    scheduler.add("turn 2", [*range(6), *tokens["turn 1"], 30, 31], params(2), 6)
+    plan, _ = advance(scheduler, runner)
+    assert plan.prefills[0].start == 12  # 6 + 7 tokens, the last of which was not computed
+
+
+@pytest.mark.parametrize("length", [8, 9])
+def test_the_last_token_of_a_prompt_is_always_computed(length):
+    scheduler, runner = build()
+    for name in "ab":
+        scheduler.add(name, range(length), params(1), 0)
+        run(scheduler, runner)
+    assert work(runner.plans[-1])[1] == [(1, 4 if length == 8 else 8, 4 if length == 8 else 1, True)]
+
+
+def test_completions_of_one_prompt_share_its_pages_in_the_step_that_computes_them():
+    scheduler, runner = build()
+    for seed in range(3):
+        scheduler.add(str(seed), range(11), params(2), seed)
+    plan, _ = advance(scheduler, runner)
+    assert work(plan)[1] == [(0, 0, 11, True), (1, 8, 3, True), (2, 8, 3, True)]
+    assert plan.prefills[0].new_pages[:2] == plan.prefills[1].new_pages[:2] == plan.prefills[2].new_pages[:2]
+    assert 64 - scheduler.num_free_pages == 2 + 3 and hits(scheduler) == (16, 33)
+
+
+def test_equal_prompts_in_chunks_are_computed_once_between_them():
+    scheduler, runner = build(max_prefill_chunk=4)
+    for seed in range(2):
+        scheduler.add(str(seed), range(17), params(1), seed)
+    run(scheduler, runner)
+    assert sum(plan.num_tokens for plan in runner.plans) == 17 + 1
+
+
+def test_a_preempted_request_finds_its_own_pages():
+    scheduler, runner = build(num_pages=8, max_num_seqs=2, watermark=0)
+    scheduler.add("old", [1] * 10, params(14), 7)
+    scheduler.add("young", [2] * 16, params(4), 8)
+    tokens, _ = run(scheduler, runner)
+    back = [plan for plan in runner.plans if plan.new][-1]
+    assert scheduler.num_preemptions == 1 and back.new[0].request_id == "young"
+    assert back.prefills[0].start > 0 and back.prefills[0].page_index == 0
+    assert [len(tokens[name]) for name in ("old", "young")] == [14, 4]
+    assert hits(scheduler) == (0, 26)  # what is found after a preemption is no hit of the prompt
+
+
+def test_requests_of_another_salt_share_nothing():
+    scheduler, runner = build()
+    for name, salt in (("a", b""), ("b", b"x"), ("c", b"x")):
+        scheduler.add(name, range(9), params(1), 0, salt=salt)
+    assert work(advance(scheduler, runner)[0])[1] == [(0, 0, 9, True), (1, 0, 9, True), (2, 8, 1, True)]
+
+
+def test_without_prefix_caching_nothing_is_found():
+    scheduler, runner = build(enable_prefix_caching=False)
+    for _ in range(2):
+        scheduler.add("a", range(9), params(3), 0)
+        assert work(advance(scheduler, runner)[0])[1][0][1:] == (0, 9, True)
+        run(scheduler, runner)
+    assert hits(scheduler) == (0, 18) and scheduler.statistics().cached_pages == 0
+
+
+def test_an_aborted_request_leaves_its_pages_to_be_found():
+    scheduler, runner = build(max_prefill_chunk=6)
+    scheduler.add("a", range(20), params(), 0)
+    advance(scheduler, runner)
+    scheduler.abort("a")
+    scheduler.add("b", range(20), params(), 0)
+    assert work(advance(scheduler, runner)[0])[1] == [(1, 4, 6, False)]
+
+
+def test_reset_forgets_the_pages():
+    scheduler, runner = build()
+    scheduler.add("a", range(9), params(), 0)
+    scheduler.step()  # published, never computed
+    scheduler.reset()
+    scheduler.add("b", range(9), params(), 0)
+    assert work(advance(scheduler, runner)[0])[1] == [(0, 0, 9, True)]
+
+
+def test_statistics():
+    scheduler, runner = build(max_num_seqs=1)
+    for name in "ab":
+        scheduler.add(name, range(6), params(3), 0)
+    advance(scheduler, runner)
+    got = scheduler.statistics()
+    assert (got.prompt_tokens, got.output_tokens, got.preemptions) == (6, 1, 0)
+    assert (got.running, got.waiting, got.pages, got.held_pages, got.cached_pages) == (1, 1, 64, 2, 0)
 
 
 # Refusals
@@ -385,6 +499,20 @@ def test_check_sees_a_lost_page():
         scheduler.check()
 
 
+def test_check_sees_a_page_of_two_that_will_be_written():
+    scheduler, runner = build(enable_prefix_caching=False)
+    for name in "ab":
+        scheduler.add(name, [1] * 5, params(), 0)
+    advance(scheduler, runner)
+    old, young = scheduler._running
+    scheduler._pages._holders[young.pages[1]] -= 1
+    scheduler._pages._free.append(young.pages[1])
+    scheduler._pages._holders[old.pages[1]] += 1
+    young.pages[1] = old.pages[1]
+    with pytest.raises(AssertionError, match="a page is shared and written"):
+        scheduler.check()
+
+
 def test_it_imports_no_torch():
     code = "import sys, penstock.serve.scheduler; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -392,7 +520,12 @@ def test_it_imports_no_torch():
 
 # Random calls
 
-requests = st.tuples(st.integers(1, 14), st.integers(1, 12), st.integers(0, 2**31))
+requests = st.tuples(st.integers(1, 14), st.integers(1, 12), st.integers(0, 2**31), st.integers(0, 14))
+
+
+def prompt(length, parts_at):
+    """Prompts of which any two agree up to where the first of them parts."""
+    return [*range(min(length, parts_at)), *range(20 + parts_at, 20 + length)]
 
 
 @settings(max_examples=150, deadline=None)
@@ -414,11 +547,11 @@ def test_the_tokens_do_not_depend_on_pool_chunks_or_slots(wanted, num_pages, slo
         max_prefill_chunk=chunk,
         watermark=watermark,
     )
-    wide = build(num_pages=1000, max_num_seqs=8, max_num_batched_tokens=1000)
+    wide = build(num_pages=1000, max_num_seqs=8, max_num_batched_tokens=1000, enable_prefix_caching=False)
     got = []
     for scheduler, runner in (tight, wide):
-        for index, (num_prompt, max_tokens, seed) in enumerate(wanted):
-            scheduler.add(str(index), list(range(num_prompt)), params(max_tokens), seed, eos_token_ids=[3])
+        for index, (num_prompt, max_tokens, seed, parts_at) in enumerate(wanted):
+            scheduler.add(str(index), prompt(num_prompt, parts_at), params(max_tokens), seed, eos_token_ids=[3])
         got.append(run(scheduler, runner))
         assert scheduler.num_free_pages == scheduler.config.num_pages
     assert wide[0].num_preemptions == 0
@@ -435,8 +568,9 @@ class AnyCalls(RuleBasedStateMachine):
         spare=st.integers(0, 8),
         chunk=st.none() | st.integers(1, 5),
         watermark=st.none() | st.integers(0, 2),
+        caching=st.booleans(),
     )
-    def start(self, num_pages, page_size, slots, spare, chunk, watermark):
+    def start(self, num_pages, page_size, slots, spare, chunk, watermark, caching):
         self.scheduler, self.runner = build(
             num_pages=num_pages,
             page_size=page_size,
@@ -445,22 +579,29 @@ class AnyCalls(RuleBasedStateMachine):
             max_num_batched_tokens=slots + spare,
             max_prefill_chunk=chunk,
             watermark=watermark,
+            enable_prefix_caching=caching,
         )
         self.capacity = num_pages * page_size + 1
         self.unfinished, self.count, self.result = [], 0, None
         self.max_tokens, self.num_tokens, self.terminal = {}, collections.Counter(), collections.Counter()
 
-    @rule(num_prompt=st.integers(1, 24), max_tokens=st.none() | st.integers(1, 10), stop=st.integers(0, 49))
-    def add(self, num_prompt, max_tokens, stop):
+    @rule(
+        num_prompt=st.integers(1, 24),
+        max_tokens=st.none() | st.integers(1, 10),
+        stop=st.integers(0, 49),
+        parts_at=st.integers(0, 24),
+        salt=st.sampled_from([b"", b"", b"x"]),
+    )
+    def add(self, num_prompt, max_tokens, stop, parts_at, salt):
         name = str(self.count)
         self.count += 1
         wanted = params(max_tokens, stop_token_ids=[stop])
         longest = min(24, num_prompt + (max_tokens or 1))
         if num_prompt >= 24 or longest > self.capacity:
             with pytest.raises(RequestRefused):
-                self.scheduler.add(name, list(range(num_prompt)), wanted, self.count)
+                self.scheduler.add(name, prompt(num_prompt, parts_at), wanted, self.count)
         else:
-            self.scheduler.add(name, list(range(num_prompt)), wanted, self.count)
+            self.scheduler.add(name, prompt(num_prompt, parts_at), wanted, self.count, salt=salt)
             self.unfinished.append(name)
             self.max_tokens[name] = max_tokens or 24
 
