@@ -9,6 +9,7 @@ or a failure of the runner. One thread at a time.
 """
 
 import hashlib
+import itertools
 import operator
 import random
 import time
@@ -17,7 +18,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from penstock.serve.config import EngineConfig, InvalidConfig, SchedulerConfig
-from penstock.serve.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput, Statistics
+from penstock.serve.drafters import Drafter, NgramDrafter
+from penstock.serve.outputs import CompletionOutput, EngineStatistics, FinishReason, Logprob, RequestMetrics, RequestOutput
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import StepPlan, StepResult, TokenLogprobs
 from penstock.serve.scheduler import Event, FinishedEvent, Scheduler, TokenEvent
@@ -171,13 +173,24 @@ class _Group:
 
 
 class Engine:
-    """Requests in, outputs out, one step at a time."""
+    """Requests in, outputs out, one step at a time.
 
-    def __init__(self, config: EngineConfig, runner: Runner, tokenizer: Tokenizer | None) -> None:
+    Args:
+        drafter: guesses tokens, in place of what config.speculative names; "draft" must be given one.
+    """
+
+    def __init__(
+        self, config: EngineConfig, runner: Runner, tokenizer: Tokenizer | None, drafter: Drafter | None = None
+    ) -> None:
         if config.enable_prefix_caching and runner.has_recurrent_state:
             raise InvalidConfig("EngineConfig: `enable_prefix_caching` must be None or False for a model with recurrent state")
+        if config.speculative and runner.has_recurrent_state:
+            raise InvalidConfig("EngineConfig: `speculative` must be None for a model with recurrent state")
         self.config = config
         self.runner = runner
+        self.drafter = drafter
+        if drafter is None and config.speculation is not None and config.speculation.method == "ngram":
+            self.drafter = NgramDrafter(config.speculation.min_ngram, config.speculation.max_ngram)
         self.tokenizer = tokenizer
         self.max_model_len = min(runner.max_model_len, config.max_model_len or runner.max_model_len)
         self.eos_token_ids = tuple(dict.fromkeys([*runner.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())]))
@@ -271,7 +284,7 @@ class Engine:
         """Whether a step would give anything."""
         return bool(self._groups or self._undelivered)
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> EngineStatistics:
         """What was done since the engine was made, and how things are now."""
         return self.scheduler.statistics()
 
@@ -285,13 +298,22 @@ class Engine:
             outputs, self._undelivered = self._undelivered, []
             return outputs
         try:
-            plan = self.scheduler.step()
+            plan = self.scheduler.step(self._drafts())
             if plan is None:
                 return self._take(self.scheduler.drain())
             return self._take(self.scheduler.commit(self.runner.execute(plan)))
         except BaseException as error:
             self.abort_all("error" if isinstance(error, Exception) else "abort")
             raise
+
+    def _drafts(self) -> dict[str, list[int]]:
+        """What may come next for the requests that go on by one token; guesses end at one that is no token."""
+        if self.drafter is None:
+            return {}
+        requests = self.scheduler.draftable(self.config.num_draft_tokens)
+        drafts = self.drafter.propose(requests) if requests else {}
+        known = range(self.runner.vocab_size)
+        return {name: list(itertools.takewhile(known.__contains__, draft)) for name, draft in drafts.items()}
 
     def _take(self, events: list[Event]) -> list[RequestOutput]:
         """Give events to their completions; the outputs of the requests they belong to."""
@@ -302,6 +324,8 @@ class Engine:
                 touched[group.request_id] = group
                 if isinstance(event, FinishedEvent):
                     completion.end(event.reason, event.stop_reason)
+                    continue
+                if completion.finish_reason is not None:  # a stop string ended it before this token of the same step
                     continue
                 group.note_token()
                 if (found := completion.append(event)) is not None:

@@ -1,5 +1,7 @@
 """The sampling state of every slot, and the choice of each row's next token."""
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from penstock.serve.params import SamplingParams
 from penstock.serve.plan import SlotInit, TokenLogprobs
 
 _TEMPERATURE, _TOP_P, _MIN_P, _REPETITION, _PRESENCE, _FREQUENCY = range(6)
+NO_DRAFTS: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
 class Sampler:
@@ -63,33 +66,38 @@ class Sampler:
             slots.discard(slot)
         self._rows = []
 
-    def sample(self, logits: Tensor, slots: list[int], num_outputs: list[int]) -> tuple[list[int], dict[int, TokenLogprobs]]:
-        """The next token of each row, and the log-probabilities of the slots that want them.
+    def sample(
+        self,
+        logits: Tensor,
+        slots: list[int],
+        num_outputs: list[int],
+        drafts: Mapping[int, Sequence[int]] = NO_DRAFTS,
+    ) -> tuple[dict[int, list[int]], dict[int, list[TokenLogprobs]]]:
+        """The next tokens of each slot, and their log-probabilities for the slots that want them.
 
         Args:
-            logits: [n, V] float32; changed in place.
+            logits: [n, V] float32; changed in place. A slot has one row, and one more for each token of its draft.
             slots: the slot of each row.
-            num_outputs: tokens each row has emitted.
+            num_outputs: tokens each row's request has emitted, and those of its draft before the row.
+            drafts: slot → guesses; a guess that is drawn itself is right, and the next row then counts.
         """
         if not (self._drawn or self._penalised or self._held or self._reported):
-            if logits.is_cuda:
-                return logits.argmax(-1).tolist(), {}
-            return logits.numpy().argmax(-1).tolist(), {}  # several times as fast as torch's on a CPU
+            # numpy is several times as fast as torch on a CPU
+            best = logits.argmax(-1).tolist() if logits.is_cuda else logits.numpy().argmax(-1).tolist()
+            return matched(best, slots, drafts), {}
         if slots != self._rows:
             self._gather(slots)
-        reported = [row for row, slot in enumerate(slots) if slot in self._reported] if self._reported else []
+        reported = bool(self._reported) and not self._reported.isdisjoint(slots)
         raw = logits.clone() if reported and (self._penalised or self._held) else logits
-        penalised = [row for row, slot in enumerate(slots) if slot in self._penalised] if self._penalised else []
-        if penalised:
-            self._penalise(logits, slots, penalised)
+        if self._penalised:
+            self._penalise(logits, slots, drafts)
         if self._held:
             self._hold(logits, slots, num_outputs)
         offsets = self._any_offsets if self._greedy else torch.tensor(num_outputs, dtype=torch.int64).to(self.device)
-        ids = sample(logits, offsets=offsets, **self._gathered)
-        if penalised:
-            self._add_counts(slots, penalised, ids)
-        token_ids = ids.tolist()
-        return token_ids, self._report(raw, ids, slots, reported) if reported else {}
+        token_ids = matched(sample(logits, offsets=offsets, **self._gathered).tolist(), slots, drafts)
+        if self._penalised:
+            self._add_counts(token_ids)
+        return token_ids, self._report(raw, slots, token_ids) if reported else {}
 
     def _gather(self, slots: list[int]) -> None:
         """Collects the parameters of the rows; an option that no row uses stays a number, which costs nothing."""
@@ -124,25 +132,30 @@ class Sampler:
         self.prompt_mask[new.slot] = False
         self.prompt_mask[new.slot, torch.tensor(new.prompt_token_ids, dtype=torch.int64, device=self.device)] = True
 
-    def _penalise(self, logits: Tensor, slots: list[int], rows: list[int]) -> None:
+    def _penalise(self, logits: Tensor, slots: list[int], drafts: Mapping[int, Sequence[int]]) -> None:
         assert self.counts is not None and self.prompt_mask is not None
+        rows = [row for row, slot in enumerate(slots) if slot in self._penalised]
+        if not rows:
+            return
         index = torch.tensor([slots[row] for row in rows])
         repetition, presence, frequency = self.numbers[_REPETITION:].index_select(1, index).to(self.device).unbind(0)
         where, index = torch.tensor(rows, device=self.device), index.to(self.device)
+        counts = self.counts.index_select(0, index)
+        if drafts:  # a row sees the guesses before it as output
+            before = [drafts.get(slots[row], ())[: row - slots.index(slots[row])] for row in rows]
+            _add(counts, [(at, token) for at, guesses in enumerate(before) for token in guesses])
         logits[where] = apply_penalties(
             logits[where],
-            self.counts.index_select(0, index),
+            counts,
             self.prompt_mask.index_select(0, index),
             repetition=repetition,
             presence=presence,
             frequency=frequency,
         )
 
-    def _add_counts(self, slots: list[int], rows: list[int], ids: Tensor) -> None:
+    def _add_counts(self, token_ids: Mapping[int, Sequence[int]]) -> None:
         assert self.counts is not None
-        index = torch.tensor([slots[row] for row in rows], device=self.device)
-        chosen = ids[torch.tensor(rows, device=self.device)].long()
-        self.counts[index, chosen] += 1
+        _add(self.counts, [(slot, token) for slot, run in token_ids.items() if slot in self._penalised for token in run])
 
     def _hold(self, logits: Tensor, slots: list[int], num_outputs: list[int]) -> None:
         """Before a request has its min_tokens, the tokens that would end it cannot be drawn."""
@@ -157,13 +170,42 @@ class Sampler:
         if rows:
             logits[torch.tensor(rows, device=self.device), torch.tensor(tokens, device=self.device)] = -torch.inf
 
-    def _report(self, logits: Tensor, ids: Tensor, slots: list[int], rows: list[int]) -> dict[int, TokenLogprobs]:
+    def _report(
+        self, logits: Tensor, slots: list[int], token_ids: Mapping[int, Sequence[int]]
+    ) -> dict[int, list[TokenLogprobs]]:
         """Log-probabilities of the model itself, before penalties and temperature."""
-        index = torch.tensor(rows, device=self.device)
+        runs = {slot: run for slot, run in token_ids.items() if slot in self._reported}
+        rows = [slots.index(slot) + at for slot, run in runs.items() for at in range(len(run))]
+        sampled = torch.tensor([token for run in runs.values() for token in run], dtype=torch.int32, device=self.device)
         wanted = [self.params[slots[row]].logprobs or 0 for row in rows]
-        chosen, ranks, tokens, values = log_probs(logits[index], ids[index], top_n=min(max(wanted), self.vocab_size))
+        index = torch.tensor(rows, device=self.device)
+        chosen, ranks, tokens, values = log_probs(logits[index], sampled, top_n=min(max(wanted), self.vocab_size))
         columns = zip(rows, wanted, chosen.tolist(), ranks.tolist(), values.tolist(), tokens.tolist(), strict=True)
-        return {
-            slots[row]: TokenLogprobs(tokens[:count], values[:count], rank, chosen)
-            for row, count, chosen, rank, values, tokens in columns
-        }
+        report: dict[int, list[TokenLogprobs]] = {slot: [] for slot in runs}
+        for row, count, own, rank, likely, ids in columns:
+            report[slots[row]].append(TokenLogprobs(ids[:count], likely[:count], rank, own))
+        return report
+
+
+def matched(sampled: list[int], slots: list[int], drafts: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    """Slot → the sampled tokens up to the first that is not the guess for its place, that one included."""
+    if not drafts:
+        return {slot: [token] for slot, token in zip(slots, sampled, strict=True)}
+    runs: dict[int, list[int]] = {}
+    row = 0
+    while row < len(slots):
+        draft = drafts.get(slots[row], ())
+        run = runs[slots[row]] = sampled[row : row + 1]
+        for guess, token in zip(draft, sampled[row + 1 : row + 1 + len(draft)], strict=True):
+            if guess != run[-1]:
+                break
+            run.append(token)
+        row += 1 + len(draft)
+    return runs
+
+
+def _add(counts: Tensor, pairs: list[tuple[int, int]]) -> None:
+    """One more at each (row, token)."""
+    if pairs:
+        rows, tokens = torch.tensor(pairs, device=counts.device).unbind(1)
+        counts.index_put_((rows, tokens), torch.ones_like(rows, dtype=counts.dtype), accumulate=True)

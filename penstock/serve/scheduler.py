@@ -12,14 +12,18 @@ Nothing here knows tensors, time or chance: the plans depend on the calls alone.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from dataclasses import dataclass, field
 
 from penstock.serve.config import SchedulerConfig
-from penstock.serve.outputs import FinishReason, Statistics
+from penstock.serve.outputs import EngineStatistics, FinishReason
 from penstock.serve.pages import PagePool, page_key, root_key
 from penstock.serve.params import SamplingParams
-from penstock.serve.plan import SlotInit, StepPlan, StepResult, TokenLogprobs, Work
+from penstock.serve.plan import DraftRequest, SlotInit, StepPlan, StepResult, TokenLogprobs, Work
+
+
+NO_DRAFTS: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 
 class RequestRefused(ValueError):
@@ -82,6 +86,7 @@ class Scheduler:
         self.config = config
         self.num_preemptions = 0
         self._prompt_tokens = self._prefix_hit_tokens = self._output_tokens = 0
+        self._draft_tokens = self._accepted_tokens = 0
         self._arrivals = 0
         self.reset()
 
@@ -176,8 +181,23 @@ class Scheduler:
 
     # One step
 
-    def step(self) -> StepPlan | None:
-        """Plan the next step; None when no request is left to compute."""
+    def draftable(self, num_tokens: int) -> list[DraftRequest]:
+        """The requests of which up to `num_tokens` next tokens may be guessed for the next step."""
+        found = []
+        for request in self._running:
+            limit = min(num_tokens, request.max_output - request.num_output - 1)
+            if request.remaining == 1 and limit > 0:
+                own = request.request_id, request.arrival, request.tokens, request.num_prompt, request.params, request.seed
+                found.append(DraftRequest(*own, limit))
+        return found
+
+    def step(self, drafts: Mapping[str, Sequence[int]] = NO_DRAFTS) -> StepPlan | None:
+        """Plan the next step; None when no request is left to compute.
+
+        Args:
+            drafts: request id → guesses of its next tokens, for requests that `draftable` named. They take what tokens and
+                pages are to spare, never those of another request.
+        """
         if self._in_flight is not None:
             raise RuntimeError("Scheduler.step: the last plan was not committed")
         if not self._requests:
@@ -198,8 +218,10 @@ class Scheduler:
             count = self._make_room(request, 1 if decode else self._chunk(request, budget))
             if count == 0:
                 continue
-            work = self._work(request, count)
+            draft = list(drafts.get(request.request_id, ()))[: self._spare(request, budget)] if decode and drafts else []
+            work = self._work(request, count, draft)
             in_flight.append((request, work))
+            budget -= len(draft)
             if decode:
                 decodes.append(work)
             else:
@@ -240,14 +262,14 @@ class Scheduler:
         if self._in_flight is None:
             raise RuntimeError("Scheduler.commit: no plan is in flight")
         live = [(request, work) for request, work in self._in_flight if self._is_here(request)]
-        missing = [work.slot for _, work in live if work.sample and work.slot not in result.token_ids]
+        missing = [work.slot for _, work in live if work.sample and not result.token_ids.get(work.slot)]
         if missing:
             raise ValueError(f"Scheduler.commit: the result has no token for slots {missing}")
         self._in_flight = None
         for request, work in live:
-            request.num_computed += len(work.token_ids)
+            request.num_computed += len(work.token_ids) - work.num_draft
             if work.sample:
-                self._append(request, result.token_ids[work.slot], result.logprobs.get(work.slot))
+                self._append_all(request, work, result)
         return self.drain()
 
     def drain(self) -> list[Event]:
@@ -276,6 +298,15 @@ class Scheduler:
                 return 0
             self._preempt(self._running[-1])
         return 0
+
+    def _spare(self, request: _Request, budget: int) -> int:
+        """How many guesses may be computed after the last token of a request.
+
+        Half of the step is kept for prompts, and of the free pages one for each request that runs.
+        """
+        spare = max(0, self._pages.num_free - len(self._running) - self._watermark)
+        room = (len(request.pages) + spare) * self.config.page_size - request.num_computed - 1
+        return max(0, min(request.max_output - request.num_output - 1, budget // 2, room))
 
     def _has_room(self, request: _Request, cached: list[int], budget: int) -> bool:
         """Whether a waiting request may start: pages for its first chunk, or for all of it once it was preempted.
@@ -348,16 +379,28 @@ class Scheduler:
         prompt, output = request.tokens[: request.num_prompt], request.tokens[request.num_prompt :]
         return SlotInit(request.slot, request.request_id, prompt, output, request.params, request.seed)
 
-    def _work(self, request: _Request, count: int) -> Work:
+    def _work(self, request: _Request, count: int, draft: Sequence[int] = ()) -> Work:
         start, stop = request.num_computed, request.num_computed + count
-        missing = -(-stop // self.config.page_size) - len(request.pages)
+        missing = -(-(stop + len(draft)) // self.config.page_size) - len(request.pages)
         if missing > 0:
             request.pages += self._pages.allocate(missing)
         page_index, request.num_sent = request.num_sent, len(request.pages)
         new_pages = request.pages[page_index:]
         self._publish(request, stop)
         sample = stop == len(request.tokens)
-        return Work(request.slot, request.tokens[start:stop], start, page_index, new_pages, sample, request.num_output)
+        token_ids = [*request.tokens[start:stop], *draft]
+        return Work(request.slot, token_ids, start, page_index, new_pages, sample, request.num_output, len(draft))
+
+    def _append_all(self, request: _Request, work: Work, result: StepResult) -> None:
+        """Take in the sampled tokens: the guesses that were right are computed; all end where the request ends."""
+        token_ids = result.token_ids[work.slot]
+        logprobs: Sequence[TokenLogprobs | None] = result.logprobs.get(work.slot) or [None] * len(token_ids)
+        request.num_computed += len(token_ids) - 1
+        self._draft_tokens += work.num_draft
+        self._accepted_tokens += len(token_ids) - 1
+        for token_id, own in zip(token_ids, logprobs, strict=True):
+            if self._is_here(request):
+                self._append(request, token_id, own)
 
     def _append(self, request: _Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         request.tokens.append(token_id)
@@ -386,18 +429,20 @@ class Scheduler:
         """Pages that no request holds."""
         return self._pages.num_free
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> EngineStatistics:
         """What was done since the scheduler was made, and how things are now."""
-        return Statistics(
+        return EngineStatistics(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_pages=self.config.num_pages,
+            num_free_pages=self._pages.num_free,
+            num_cached_pages=self._pages.num_cached,
+            num_preemptions=self.num_preemptions,
             prompt_tokens=self._prompt_tokens,
             prefix_hit_tokens=self._prefix_hit_tokens,
             output_tokens=self._output_tokens,
-            preemptions=self.num_preemptions,
-            running=self.num_running,
-            waiting=self.num_waiting,
-            pages=self.config.num_pages,
-            held_pages=self.config.num_pages - self._pages.num_free,
-            cached_pages=self._pages.num_cached,
+            draft_tokens=self._draft_tokens,
+            accepted_tokens=self._accepted_tokens,
         )
 
     def _is_here(self, request: _Request) -> bool:
@@ -411,10 +456,10 @@ class Scheduler:
         assert {request.request_id: request for request in order} == self._requests and len(order) == len(self._requests)
         slots = [request.slot for request in self._running]
         assert sorted([*slots, *self._free_slots]) == list(range(self.config.max_num_seqs))
-        planned = {request.request_id: len(work.token_ids) for request, work in self._in_flight or []}
+        planned = {request.request_id: len(work.token_ids) - work.num_draft for request, work in self._in_flight or []}
         for request in self._running:
             tokens = request.num_computed + planned.get(request.request_id, 0)
-            assert len(request.pages) == -(-tokens // self.config.page_size)
+            assert len(request.pages) >= -(-tokens // self.config.page_size)  # more after guesses that were wrong
             assert 0 <= request.num_computed < len(request.tokens)
             complete = min(tokens, len(request.tokens)) // self.config.page_size
             assert request.num_published == (complete if self.config.enable_prefix_caching else 0)

@@ -59,24 +59,31 @@ class SimulatedRunner:
         assert plan.num_tokens <= self.max_num_batched_tokens
         works = [*plan.decodes, *plan.prefills]
         assert works and len({work.slot for work in works}) == len(works)
-        assert all(len(work.token_ids) == 1 and work.sample for work in plan.decodes)
-        tokens: dict[int, int] = {}
-        logprobs: dict[int, TokenLogprobs] = {}
+        assert all(len(work.token_ids) == 1 + work.num_draft and work.sample for work in plan.decodes)
+        assert not any(work.num_draft for work in plan.prefills)
+        tokens: dict[int, list[int]] = {}
+        logprobs: dict[int, list[TokenLogprobs]] = {}
         for work in works:
             self._write(self.rows[work.slot], work)
         for work in works:  # after all have written, as in every layer of a model
             row = self.rows[work.slot]
-            self._read(row)
+            self._read(row, work)
             if work.sample:
-                token = tokens[work.slot] = self._sample(row)
-                if row.init.params.logprobs is not None:
-                    logprobs[work.slot] = self._logprobs(token, row.init.params.logprobs)
+                tokens[work.slot] = [self._sample(row)]
+                for guess in work.draft:
+                    assert 0 <= guess < self.vocab_size
+                    if guess != tokens[work.slot][-1]:
+                        break
+                    row.computed += 1
+                    tokens[work.slot].append(self._sample(row))
+                if (count := row.init.params.logprobs) is not None:
+                    logprobs[work.slot] = [self._logprobs(token, count) for token in tokens[work.slot]]
         return StepResult(tokens, logprobs)
 
     def _write(self, row: _Row, work: Work) -> None:
         history = [*row.init.prompt_token_ids, *row.sampled]
-        stop = work.start + len(work.token_ids)
-        assert work.token_ids == history[work.start : stop] and work.token_ids
+        stop = work.start + len(work.token_ids) - work.num_draft
+        assert work.token_ids == [*history[work.start : stop], *work.draft] and stop > work.start
         found = work.start - row.computed  # tokens in pages of others
         assert found == 0 or (found > 0 and found % self.page_size == row.computed % self.page_size == 0)
         assert work.sample == (stop == len(history)) and work.num_output == len(row.sampled)
@@ -84,17 +91,18 @@ class SimulatedRunner:
         assert work.page_index == len(row.pages)
         row.pages += work.new_pages
         assert all(0 <= page < self.num_pages for page in work.new_pages)
-        assert len(row.pages) == -(-stop // self.page_size)
+        assert len(row.pages) >= -(-(stop + work.num_draft) // self.page_size)
         for position, token in enumerate(work.token_ids, start=work.start):
             page = row.pages[position // self.page_size]
             assert not any(page in other.pages for other in self.rows.values() if other is not row), "a shared page is written"
             self.pool[page][position % self.page_size] = (position, token)
         row.computed = stop
 
-    def _read(self, row: _Row) -> None:
-        entries = [self.pool[row.pages[at // self.page_size]][at % self.page_size] for at in range(row.computed)]
+    def _read(self, row: _Row, work: Work) -> None:
+        stop = row.computed + work.num_draft
+        entries = [self.pool[row.pages[at // self.page_size]][at % self.page_size] for at in range(stop)]
         history = [*row.init.prompt_token_ids, *row.sampled]
-        assert entries == list(enumerate(history[: row.computed])), "a page was overwritten"
+        assert entries == list(enumerate([*history[: row.computed], *work.draft])), "a page was overwritten"
 
     def _sample(self, row: _Row) -> int:
         token = self.next_token(row.init.seed, [*row.init.prompt_token_ids, *row.sampled])

@@ -1,5 +1,7 @@
 """The runner on a small random model: pool sizes, recorded steps, sampling state, what a plan may hold."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -85,7 +87,7 @@ def test_a_long_model_is_cut_to_what_the_pool_holds():
 
 def test_memory_that_is_available():
     assert 0 < host_memory() < 1 << 50
-    options = {"dtype": torch.bfloat16, "max_num_batched_tokens": 64, "max_num_seqs": 4}
+    options = {"dtype": torch.bfloat16, "max_num_batched_tokens": 64, "num_logits": 4}
     assert 0 < available_memory(SPEC, device=torch.device("cpu"), **options) <= host_memory()
     assert activation_bytes(SPEC, torch.bfloat16, 64, 4) > 64 * 2 * 48 * 2 + 4 * 61 * 4
 
@@ -133,9 +135,8 @@ def test_a_replay_sees_its_rows_and_padding():
 def test_recorded_steps_give_the_same_tokens(page_size):
     eager, recorded = make_runner(page_size=page_size), make_runner(record_plainly, page_size=page_size)
     recorded._pages = recorded._pages.clone()  # on a GPU the host's table and the device's are two
-    recorded._graphs = DecodeGraphs(
-        recorded._decode_step, padded_sizes(6), recorded._graphs.padding[:, 0], device=recorded.device, record=record_plainly
-    )
+    step, padding = partial(recorded._decode_step, 1), recorded._graphs[0].padding[:, 0]
+    recorded._graphs = [DecodeGraphs(step, padded_sizes(6), padding, device=recorded.device, record=record_plainly)]
     recorded._write_pages = lambda updates: recorded._pages.copy_(torch.from_numpy(recorded._host_pages))
     assert generate(recorded, PROMPTS, GREEDY) == generate(eager, PROMPTS, GREEDY)
 

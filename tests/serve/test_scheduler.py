@@ -68,7 +68,7 @@ def work(plan):
 def commit_token(scheduler, token, logprobs=None):
     """Commit the same token for every slot; the events."""
     return scheduler.commit(
-        StepResult(dict.fromkeys(range(scheduler.config.max_num_seqs), token), {0: logprobs} if logprobs else {})
+        StepResult(dict.fromkeys(range(scheduler.config.max_num_seqs), [token]), {0: [logprobs]} if logprobs else {})
     )
 
 
@@ -213,7 +213,7 @@ def test_a_later_request_goes_on_after_the_pages_of_an_earlier_one():
     scheduler, runner = build()
     scheduler.add("a", range(10), params(4), 0)
     run(scheduler, runner)
-    assert scheduler.statistics().cached_pages == 3 and scheduler.num_free_pages == 64  # 13 tokens were computed
+    assert scheduler.statistics().num_cached_pages == 3 and scheduler.num_free_pages == 64  # 13 tokens were computed
     scheduler.add("b", [*range(10), 7, 7], params(4), 0)
     scheduler.add("c", [*range(4), 7, 7, 7], params(4), 0)
     scheduler.add("d", [7, *range(1, 10)], params(4), 0)
@@ -284,7 +284,7 @@ def test_without_prefix_caching_nothing_is_found():
         scheduler.add("a", range(9), params(3), 0)
         assert work(advance(scheduler, runner)[0])[1][0][1:] == (0, 9, True)
         run(scheduler, runner)
-    assert hits(scheduler) == (0, 18) and scheduler.statistics().cached_pages == 0
+    assert hits(scheduler) == (0, 18) and scheduler.statistics().num_cached_pages == 0
 
 
 def test_an_aborted_request_leaves_its_pages_to_be_found():
@@ -311,8 +311,8 @@ def test_statistics():
         scheduler.add(name, range(6), params(3), 0)
     advance(scheduler, runner)
     got = scheduler.statistics()
-    assert (got.prompt_tokens, got.output_tokens, got.preemptions) == (6, 1, 0)
-    assert (got.running, got.waiting, got.pages, got.held_pages, got.cached_pages) == (1, 1, 64, 2, 0)
+    assert (got.prompt_tokens, got.output_tokens, got.num_preemptions) == (6, 1, 0)
+    assert (got.num_running, got.num_waiting, got.num_pages, got.num_free_pages, got.num_cached_pages) == (1, 1, 64, 62, 0)
 
 
 # Refusals
@@ -437,7 +437,7 @@ def test_abort_frees_everything_and_ends_once(moment):
     scheduler.check()
     assert (scheduler.num_free_pages, scheduler.num_running, scheduler.num_waiting) == (64, 0, 0)
     if moment.startswith("planned"):
-        assert scheduler.commit(StepResult({0: 3})) == [FinishedEvent("a", "abort", None)]
+        assert scheduler.commit(StepResult({0: [3]})) == [FinishedEvent("a", "abort", None)]
     else:
         assert scheduler.drain() == [FinishedEvent("a", "abort", None)]
     assert scheduler.step() is None
@@ -472,7 +472,7 @@ def test_step_and_commit_take_turns():
     with pytest.raises(RuntimeError, match="was not committed"):
         scheduler.step()
     with pytest.raises(ValueError, match=r"no token for slots \[0\]"):
-        scheduler.commit(StepResult({1: 5}))
+        scheduler.commit(StepResult({1: [5]}))
     assert len(scheduler.commit(runner.execute(plan))) == 1
 
 

@@ -34,7 +34,7 @@ from penstock.serve.models.weights import LayerWeights, Weights
 class Batch:
     """What one step computes besides its token ids: decode rows first, then prefill rows.
 
-    T tokens and B requests in all, of which the first num_decodes are decodes with one token each.
+    T tokens and B requests in all, of which the first num_decodes are decodes with q_len tokens each.
     """
 
     positions: Tensor  # [T] int32
@@ -45,6 +45,7 @@ class Batch:
     cu_seqlens_q: Tensor | None = None  # [B - num_decodes + 1] int32, of the prefill rows; None without any
     max_seqlen_q: int = 1
     decode_plan: tuple[Tensor, ...] | None = None
+    q_len: int = 1  # more than 1 only without prefill rows
 
 
 class Decoder:
@@ -89,7 +90,7 @@ class Decoder:
             hidden = layer(hidden, residual, batch)
         return hidden
 
-    def plan(self, seqlens_k: Tensor, page_size: int) -> tuple[Tensor, ...] | None:
+    def plan(self, seqlens_k: Tensor, page_size: int, q_len: int = 1) -> tuple[Tensor, ...] | None:
         """The schedule of attention_decode for these lengths [B], computed on the device; None on a CPU."""
         if not seqlens_k.is_cuda:
             return None
@@ -100,6 +101,7 @@ class Decoder:
             num_heads_kv=layer.num_kv_heads,
             head_dim=layer.head_dim,
             page_size=page_size,
+            q_len=q_len,
             device=seqlens_k.device,
         )
 
@@ -184,7 +186,8 @@ class DecoderLayer:
         k_cache, v_cache, options = self.k_cache, self.v_cache, self.attention_options
         cu_seqlens_q, decodes = batch.cu_seqlens_q, batch.num_decodes
         if cu_seqlens_q is None:
-            return attention_decode(q, k_cache, v_cache, batch.page_table, batch.seqlens_k, plan=batch.decode_plan, **options)
+            options = {"q_len": batch.q_len, "plan": batch.decode_plan, **options}
+            return attention_decode(q, k_cache, v_cache, batch.page_table, batch.seqlens_k, **options)
         pages, seqlens, longest = batch.page_table, batch.seqlens_k, batch.max_seqlen_q
         if decodes == 0:
             return attention_prefill_paged(q, k_cache, v_cache, pages, cu_seqlens_q, seqlens, max_seqlen_q=longest, **options)
