@@ -53,9 +53,9 @@ class _NgramIndex:
                 ends[tuple(tokens[end - size : end])] = end
         self._indexed = len(tokens)
         for size, ends in self._ends:
-            end = ends.get(tuple(tokens[-size:]))
-            if end is not None:
-                following = list(tokens[end : end + limit])
+            before = ends.get(tuple(tokens[-size:]))
+            if before is not None:
+                following = list(tokens[before : before + limit])
                 return [following[at % len(following)] for at in range(limit)]
         return []
 
@@ -112,7 +112,7 @@ class DraftModel:
         last = len(tokens) + request.limit - 1
         row = self._rows.get(request.arrival)
         unseen = tokens if row is None else tokens[row.base :]
-        if last > self._runner.max_model_len or max(unseen) >= self._runner.vocab_size:
+        if last > self._runner.max_model_len or max(unseen, default=0) >= self._runner.vocab_size:
             return None
         here = {other.arrival for other in others}
         missing = -(-last // size) - (0 if row is None else len(row.pages))

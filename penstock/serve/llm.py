@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.serve.config import EngineConfig, SpeculativeConfig
-from penstock.serve.drafters import DraftModel, Drafter
+from penstock.serve.drafters import Drafter, DraftModel
 from penstock.serve.engine import EncodedPrompt, Engine, InvalidPrompt, Runner
 from penstock.serve.outputs import RequestOutput
 from penstock.serve.params import SamplingParams
@@ -67,7 +67,7 @@ class LLM:
         )
         if not skip_tokenizer_init and loaded is None:  # before the weights: it fails sooner
             loaded = load_tokenizer(config.tokenizer_path)
-        drafter = None if config.speculation is None else load_drafter(config, config.speculation)  # first, it takes little memory
+        drafter = load_drafter(config)  # before the model, whose pages take the memory that is left
         if runner is None:
             from penstock.serve.runner import Runner as ModelRunner
 
@@ -225,9 +225,10 @@ class LLM:
         return encoded
 
 
-def load_drafter(config: EngineConfig, speculation: SpeculativeConfig) -> Drafter | None:
-    """The smaller model of method="draft"; None for a drafter that needs none."""
-    if speculation.method != "draft":
+def load_drafter(config: EngineConfig) -> Drafter | None:
+    """The smaller model of speculative={"method": "draft"}; None where there is none."""
+    speculation = config.speculation
+    if speculation is None or speculation.method != "draft":
         return None
     from penstock.serve.runner import Runner as ModelRunner
 

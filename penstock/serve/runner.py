@@ -329,7 +329,7 @@ def resolve_dtype(name: str, spec: ModelSpec) -> torch.dtype:
 
 
 class _Columns:
-    """The inputs of a decode step of n requests, int32: [3, n · q_len] token id, position, KV slot; [2, n] length, table row."""
+    """The inputs of a decode step of n requests, int32: token id, position, KV slot [3, n · q_len]; length, row [2, n]."""
 
     def __init__(self, requests: int, q_len: int, device: torch.device):
         split = 3 * requests * q_len

@@ -13,15 +13,14 @@ Nothing here knows tensors, time or chance: the plans depend on the calls alone.
 
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from penstock.serve.config import SchedulerConfig
 from penstock.serve.outputs import EngineStatistics, FinishReason
 from penstock.serve.pages import PagePool, page_key, root_key
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import DraftRequest, SlotInit, StepPlan, StepResult, TokenLogprobs, Work
-
 
 NO_DRAFTS: Mapping[str, Sequence[int]] = MappingProxyType({})
 
@@ -401,6 +400,8 @@ class Scheduler:
         for token_id, own in zip(token_ids, logprobs, strict=True):
             if self._is_here(request):
                 self._append(request, token_id, own)
+        if self._is_here(request):
+            self._publish(request, request.num_computed)
 
     def _append(self, request: _Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         request.tokens.append(token_id)

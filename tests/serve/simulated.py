@@ -87,7 +87,7 @@ class SimulatedRunner:
         found = work.start - row.computed  # tokens in pages of others
         assert found == 0 or (found > 0 and found % self.page_size == row.computed % self.page_size == 0)
         assert work.sample == (stop == len(history)) and work.num_output == len(row.sampled)
-        assert self.max_prefill_chunk is None or len(work.token_ids) <= self.max_prefill_chunk
+        assert self.max_prefill_chunk is None or stop - work.start <= self.max_prefill_chunk
         assert work.page_index == len(row.pages)
         row.pages += work.new_pages
         assert all(0 <= page < self.num_pages for page in work.new_pages)

@@ -6,29 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from penstock.serve.config import EngineConfig, SchedulerConfig
+from penstock.serve.config import SchedulerConfig
 from penstock.serve.graphs import FIELDS, DecodeGraphs, padded_sizes
 from penstock.serve.kv import KVPool, activation_bytes, available_memory, host_memory, page_bytes, size_pool
-from penstock.serve.models.spec import LayerSpec, ModelError, ModelSpec, RopeSpec
-from penstock.serve.models.weights import random_weights
+from penstock.serve.models.spec import LayerSpec, ModelError, ModelSpec
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import SlotInit, StepPlan, StepResult, Work
-from penstock.serve.runner import Runner, resolve_device, resolve_dtype
+from penstock.serve.runner import resolve_device, resolve_dtype
 from penstock.serve.scheduler import Scheduler, TokenEvent
+from tests.serve.small_model import LAYER, ROPE, SPEC, make_runner
 
-LAYER = LayerSpec(num_heads=4, num_kv_heads=2, head_dim=16, query_scale=0.25, mlp_size=48)
-ROPE = RopeSpec(16, {"rope_type": "default", "rope_theta": 10000.0})
-SPEC = ModelSpec("LlamaForCausalLM", 61, 32, (LAYER,) * 2, (ROPE,), 128, 1e-5, eos_token_ids=(2,))
 PROMPTS = [list(range(3, 3 + n)) for n in (9, 1, 17, 4, 26)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
-
-
-def make_runner(record=None, **options):
-    weights = random_weights(SPEC, dtype=torch.float32, seed=3)
-    for tensor in weights.tensors():
-        if tensor.dim() == 2:
-            tensor.mul_(15)
-    return Runner(SPEC, weights, EngineConfig("unused", **{"max_num_seqs": 6, "page_size": 4, **options}), record=record)
 
 
 def generate(runner, prompts, params, *, budget=64, max_num_seqs=6, num_pages=None, caching=True):

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import StepResult, TokenLogprobs
-from penstock.serve.scheduler import FinishedEvent, RequestRefused, Scheduler, SchedulerConfig, TokenEvent
+from penstock.serve.scheduler import NO_DRAFTS, FinishedEvent, RequestRefused, Scheduler, SchedulerConfig, TokenEvent
 from tests.serve.simulated import SimulatedRunner
 
 
@@ -29,19 +29,31 @@ def build(**limits):
     return Scheduler(SchedulerConfig(**limits, **own)), SimulatedRunner(**limits)
 
 
-def advance(scheduler, runner):
+def advance(scheduler, runner, drafts=NO_DRAFTS):
     """One step and its commit; the plan and the events."""
-    plan = scheduler.step()
+    plan = scheduler.step(drafts)
     events = scheduler.commit(runner.execute(plan))
     scheduler.check()
     return plan, events
 
 
-def run(scheduler, runner, limit=5000):
+def guess(scheduler, runner, kinds, num_tokens=5):
+    """Drafts for the next step, of these kinds in turn: r ight tokens, w rong ones, or none (-)."""
+    drafts = {}
+    for index, request in enumerate(scheduler.draftable(num_tokens)):
+        draft = []
+        for kind in kinds[index % len(kinds)][: request.limit]:
+            right = runner.next_token(request.seed, [*request.token_ids, *draft])
+            draft += [] if kind == "-" else [right if kind == "r" else (right + 1) % runner.vocab_size]
+        drafts[request.request_id] = draft
+    return drafts
+
+
+def run(scheduler, runner, limit=5000, kinds=("-",)):
     """All steps until nothing is left; the tokens and the end of each request."""
     tokens, ends = collections.defaultdict(list), {}
     for _ in range(limit):
-        plan = scheduler.step()
+        plan = scheduler.step(guess(scheduler, runner, kinds))
         if plan is None:
             return dict(tokens), ends
         for event in scheduler.commit(runner.execute(plan)):
@@ -67,9 +79,8 @@ def work(plan):
 
 def commit_token(scheduler, token, logprobs=None):
     """Commit the same token for every slot; the events."""
-    return scheduler.commit(
-        StepResult(dict.fromkeys(range(scheduler.config.max_num_seqs), [token]), {0: [logprobs]} if logprobs else {})
-    )
+    token_ids = {slot: [token] for slot in range(scheduler.config.max_num_seqs)}
+    return scheduler.commit(StepResult(token_ids, {0: [logprobs]} if logprobs else {}))
 
 
 # What a step holds
@@ -315,6 +326,75 @@ def test_statistics():
     assert (got.num_running, got.num_waiting, got.num_pages, got.num_free_pages, got.num_cached_pages) == (1, 1, 64, 62, 0)
 
 
+# Guesses
+
+
+@pytest.mark.parametrize(("kinds", "steps"), [("rrrrr", 3), ("-", 13), ("wrrrr", 13), ("rwrrr", 7)])
+def test_right_guesses_save_steps_and_wrong_ones_change_nothing(kinds, steps):
+    plain = build()
+    plain[0].add("a", range(6), params(13), 5)
+    wanted = run(*plain)
+    scheduler, runner = build()
+    scheduler.add("a", range(6), params(13), 5)
+    assert run(scheduler, runner, kinds=[kinds]) == wanted
+    assert len(runner.plans) == steps
+    got = scheduler.statistics()
+    drafted = sum(part.num_draft for plan in runner.plans for part in plan.decodes)
+    assert (got.draft_tokens, got.accepted_tokens, got.output_tokens) == (drafted, 13 - steps, 13)
+
+
+def test_the_end_token_among_right_guesses_ends_the_request():
+    scheduler, runner = build()
+    tokens = [runner.next_token(5, [])]
+    scheduler.add("a", range(6), params(13), 5)
+    tokens = run(scheduler, runner)[0]["a"]
+    end = tokens[4]
+    scheduler, runner = build()
+    scheduler.add("a", range(6), params(13, stop_token_ids=[end]), 5)
+    advance(scheduler, runner)
+    plan, events = advance(scheduler, runner, {"a": tokens[1:7]})
+    assert plan.decodes[0].draft == tokens[1:7]
+    assert [event.token_id for event in events[:-1]] == tokens[1:5]
+    assert events[-1] == FinishedEvent("a", "stop", end) and scheduler.num_free_pages == 64
+
+
+def test_guesses_end_where_the_request_does():
+    scheduler, runner = build(max_model_len=12)
+    scheduler.add("a", range(6), params(4), 5)
+    scheduler.add("b", range(6), params(100), 5)
+    advance(scheduler, runner)
+    assert [(each.request_id, each.limit) for each in scheduler.draftable(9)] == [("a", 2), ("b", 4)]
+    plan, _ = advance(scheduler, runner, {"a": [1] * 9, "b": [1] * 9, "gone": [1]})
+    assert [part.num_draft for part in plan.decodes] == [2, 4]
+    assert [each.limit for each in scheduler.draftable(2)] == [1, 2]
+
+
+def test_guesses_take_nobodys_pages_and_leave_half_the_step_to_prompts():
+    scheduler, runner = build(num_pages=8, max_num_seqs=2, max_num_batched_tokens=10, watermark=0)
+    scheduler.add("a", [1] * 4, params(20), 5)
+    advance(scheduler, runner)
+    scheduler.add("b", [2] * 20, params(8), 6)
+    plan, _ = advance(scheduler, runner, {"a": [1] * 9})
+    assert work(plan) == ([(0, 4, 5, True)], [(1, 0, 5, False)])
+    while len(scheduler.draftable(9)) < 2:
+        advance(scheduler, runner)
+    while scheduler.num_free_pages > 2:
+        advance(scheduler, runner)
+    before = scheduler.num_preemptions
+    plan, _ = advance(scheduler, runner, {"a": [1] * 9, "b": [2] * 9})
+    assert scheduler.num_preemptions == before
+    assert sum(len(part.new_pages) for part in plan.decodes) <= 2 and sum(part.num_draft for part in plan.decodes) > 0
+
+
+def test_pages_are_published_with_right_guesses_only():
+    scheduler, runner = build()
+    scheduler.add("a", range(6), params(9), 5)
+    tokens, _ = run(scheduler, runner, kinds=["rrwww"])
+    scheduler.add("b", [*range(6), *tokens["a"]], params(1), 5)
+    plan, _ = advance(scheduler, runner)
+    assert plan.prefills[0].start == 12
+
+
 # Refusals
 
 
@@ -520,6 +600,7 @@ def test_it_imports_no_torch():
 
 # Random calls
 
+guesses = st.lists(st.text("rw", max_size=5), min_size=1, max_size=3)
 requests = st.tuples(st.integers(1, 14), st.integers(1, 12), st.integers(0, 2**31), st.integers(0, 14))
 
 
@@ -537,8 +618,11 @@ def prompt(length, parts_at):
     chunk=st.none() | st.integers(1, 9),
     watermark=st.none() | st.integers(0, 3),
     page_size=st.sampled_from([2, 4]),
+    kinds=guesses,
 )
-def test_the_tokens_do_not_depend_on_pool_chunks_or_slots(wanted, num_pages, slots, spare, chunk, watermark, page_size):
+def test_the_tokens_do_not_depend_on_pool_chunks_slots_or_guesses(
+    wanted, num_pages, slots, spare, chunk, watermark, page_size, kinds
+):
     tight = build(
         num_pages=num_pages,
         page_size=page_size,
@@ -552,7 +636,7 @@ def test_the_tokens_do_not_depend_on_pool_chunks_or_slots(wanted, num_pages, slo
     for scheduler, runner in (tight, wide):
         for index, (num_prompt, max_tokens, seed, parts_at) in enumerate(wanted):
             scheduler.add(str(index), prompt(num_prompt, parts_at), params(max_tokens), seed, eos_token_ids=[3])
-        got.append(run(scheduler, runner))
+        got.append(run(scheduler, runner, kinds=kinds if scheduler is tight[0] else ["-"]))
         assert scheduler.num_free_pages == scheduler.config.num_pages
     assert wide[0].num_preemptions == 0
     assert got[0] == got[1] and len(got[0][1]) == len(wanted)
@@ -606,9 +690,9 @@ class AnyCalls(RuleBasedStateMachine):
             self.max_tokens[name] = max_tokens or 24
 
     @precondition(lambda self: self.result is None)
-    @rule()
-    def step(self):
-        plan = self.scheduler.step()
+    @rule(kinds=guesses)
+    def step(self, kinds):
+        plan = self.scheduler.step(guess(self.scheduler, self.runner, kinds))
         assert (plan is None) == (not self.unfinished), "work is left but no step, or the other way round"
         if plan is None:
             return
@@ -668,7 +752,7 @@ class AnyCalls(RuleBasedStateMachine):
         for _ in range(3000):
             if not self.unfinished:
                 break
-            self.step()
+            self.step(kinds=["rw"])
             self.commit()
         self.take(self.scheduler.drain())
         assert not self.unfinished and self.scheduler.step() is None
