@@ -6,7 +6,7 @@ A guess that is wrong costs time, never a wrong token: the model computes every 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from penstock.serve.pages import PagePool
 from penstock.serve.params import SamplingParams
@@ -70,6 +70,7 @@ class _Row:
     num_computed: int = 0
     base: int = 0  # tokens the request had when it was last guessed for
     draft: list[int] = field(default_factory=list)
+    probs: list[Any] = field(default_factory=list)  # for each of draft what it was drawn from
 
 
 class DraftModel:
@@ -81,9 +82,13 @@ class DraftModel:
     Args:
         runner: of the smaller model.
         max_num_seqs, max_num_batched_tokens: that it was made for.
+        keep_probs: keep what the guesses were drawn from, for verification by rejection.
     """
 
-    def __init__(self, runner: "Runner", *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(self, runner: "Runner", *, max_num_seqs: int, max_num_batched_tokens: int, keep_probs: bool = False) -> None:
+        self.probs: dict[int, list[Any]] = {}  # slot of the request → [V] for each guess of the last proposal
+        self.vocab_size = runner.vocab_size
+        self.keep_probs = keep_probs
         self._runner = runner
         self._max_tokens = max_num_batched_tokens
         self._pages = PagePool(runner.num_pages)
@@ -97,13 +102,14 @@ class DraftModel:
         drafts: dict[str, list[int]] = {}
         try:
             for request, row in served:
-                row.base, row.draft = len(request.token_ids), drafts.setdefault(request.request_id, [])
+                row.base, row.draft, row.probs = len(request.token_ids), drafts.setdefault(request.request_id, []), []
             while active := [(request, row) for request, row in served if len(row.draft) < request.limit]:
                 self._advance(active)
         except BaseException:
             self._new = []
             self._forget(list(self._rows))
             raise
+        self.probs = {request.slot: row.probs for request, row in served if row.probs}
         return drafts
 
     def _admit(self, request: DraftRequest, others: Sequence[DraftRequest]) -> _Row | None:
@@ -154,13 +160,15 @@ class DraftModel:
                 budget -= count
         decodes = [work for _, work in works if len(work.token_ids) == 1 and work.sample]
         prefills = [work for _, work in works if len(work.token_ids) > 1 or not work.sample]
-        plan = StepPlan(self._new, decodes, prefills, self._freed)
+        plan = StepPlan(self._new, decodes, prefills, self._freed, wants_probs=self.keep_probs)
         self._new, self._freed = [], []
         result = self._runner.execute(plan)
         for row, work in works:
             row.num_computed += len(work.token_ids)
             if work.sample:
                 row.draft += result.token_ids[work.slot]
+                if work.slot in result.probs:
+                    row.probs.append(result.probs[work.slot])
 
     def _forget(self, arrivals: Sequence[int]) -> None:
         for arrival in arrivals:

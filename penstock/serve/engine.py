@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from penstock.serve.config import EngineConfig, InvalidConfig, SchedulerConfig
-from penstock.serve.drafters import Drafter, NgramDrafter
+from penstock.serve.drafters import Drafter, DraftModel, NgramDrafter
 from penstock.serve.outputs import CompletionOutput, EngineStatistics, FinishReason, Logprob, RequestMetrics, RequestOutput
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import StepPlan, StepResult, TokenLogprobs
@@ -191,6 +191,11 @@ class Engine:
         self.drafter = drafter
         if drafter is None and config.speculation is not None and config.speculation.method == "ngram":
             self.drafter = NgramDrafter(config.speculation.min_ngram, config.speculation.max_ngram)
+        if isinstance(drafter, DraftModel) and drafter.keep_probs and drafter.vocab_size != runner.vocab_size:
+            raise InvalidConfig(
+                f'EngineConfig: verification="rejection" needs a draft model of the same vocabulary, {runner.vocab_size}, '
+                f"got {drafter.vocab_size}"
+            )
         self.tokenizer = tokenizer
         self.max_model_len = min(runner.max_model_len, config.max_model_len or runner.max_model_len)
         self.eos_token_ids = tuple(dict.fromkeys([*runner.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())]))
@@ -301,6 +306,8 @@ class Engine:
             plan = self.scheduler.step(self._drafts())
             if plan is None:
                 return self._take(self.scheduler.drain())
+            if isinstance(self.drafter, DraftModel):
+                plan.draft_probs.update(self.drafter.probs)
             return self._take(self.scheduler.commit(self.runner.execute(plan)))
         except BaseException as error:
             self.abort_all("error" if isinstance(error, Exception) else "abort")

@@ -241,7 +241,12 @@ def load_drafter(config: EngineConfig) -> Drafter | None:
         kv_cache_memory=speculation.kv_cache_memory,
     )
     runner = ModelRunner.load(own)
-    return DraftModel(runner, max_num_seqs=own.max_num_seqs, max_num_batched_tokens=own.max_num_batched_tokens)
+    return DraftModel(
+        runner,
+        max_num_seqs=own.max_num_seqs,
+        max_num_batched_tokens=own.max_num_batched_tokens,
+        keep_probs=speculation.verification == "rejection",
+    )
 
 
 def _as_list(prompts: Any) -> list[Any]:

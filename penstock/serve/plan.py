@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from penstock.serve.params import SamplingParams
 
@@ -53,6 +54,8 @@ class StepPlan:
     decodes: list[Work]  # len(token_ids) == 1 + num_draft and sample; first in the batch
     prefills: list[Work]  # chunks, in first-come order
     freed: list[int]  # slots whose request ended or was preempted since the last plan
+    draft_probs: dict[int, Any] = field(default_factory=dict)  # slot → [V] of each guess, drawn from it; absent: certain
+    wants_probs: bool = False  # answer with the distributions that were drawn from; no Work then has guesses
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +79,7 @@ class StepResult:
 
     token_ids: dict[int, list[int]]  # slot → sampled tokens, for every Work with sample: one, and one for each right guess
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # slot → theirs, only where params.logprobs asks
+    probs: dict[int, Any] = field(default_factory=dict)  # slot → [V] float32 on the device, only where plan.wants_probs asks
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ class DraftRequest:
     """A request whose next tokens may be guessed."""
 
     request_id: str
+    slot: int
     arrival: int  # names the request for ever, its request_id may come again
     token_ids: Sequence[int]  # prompt and output; grows after the call
     num_prompt: int

@@ -146,7 +146,10 @@ class Runner:
         if drafts:
             slots = [work.slot for work in sampled for _ in range(1 + work.num_draft)]
             num_outputs = [work.num_output + at for work in sampled for at in range(1 + work.num_draft)]
-        return StepResult(*self.sampler.sample(logits, slots, num_outputs, drafts))
+        if plan.wants_probs:
+            token_ids, probs = self.sampler.draw(logits, slots, num_outputs)
+            return StepResult(token_ids, {}, probs)
+        return StepResult(*self.sampler.sample(logits, slots, num_outputs, drafts, plan.draft_probs))
 
     def _q_len(self, plan: StepPlan) -> tuple[int, DecodeGraphs | None] | None:
         """Tokens of each request, and what was recorded for as many, where attention_decode does the whole step."""

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.ops import apply_penalties, log_probs, sample
+from penstock.ops import apply_penalties, log_probs, sample, verify_draft
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import SlotInit, TokenLogprobs
 
 _TEMPERATURE, _TOP_P, _MIN_P, _REPETITION, _PRESENCE, _FREQUENCY = range(6)
 NO_DRAFTS: Mapping[int, Sequence[int]] = MappingProxyType({})
+NO_PROBS: Mapping[int, Sequence[Tensor]] = MappingProxyType({})
 
 
 class Sampler:
@@ -72,6 +73,7 @@ class Sampler:
         slots: list[int],
         num_outputs: list[int],
         drafts: Mapping[int, Sequence[int]] = NO_DRAFTS,
+        draft_probs: Mapping[int, Sequence[Tensor]] = NO_PROBS,
     ) -> tuple[dict[int, list[int]], dict[int, list[TokenLogprobs]]]:
         """The next tokens of each slot, and their log-probabilities for the slots that want them.
 
@@ -80,6 +82,8 @@ class Sampler:
             slots: the slot of each row.
             num_outputs: tokens each row's request has emitted, and those of its draft before the row.
             drafts: slot → guesses; a guess that is drawn itself is right, and the next row then counts.
+            draft_probs: slot → for each guess the distribution [V] that it was drawn from; it is then accepted or replaced so
+                that the tokens have the distribution of the model.
         """
         if not (self._drawn or self._penalised or self._held or self._reported):
             # numpy is several times as fast as torch on a CPU
@@ -89,15 +93,74 @@ class Sampler:
             self._gather(slots)
         reported = bool(self._reported) and not self._reported.isdisjoint(slots)
         raw = logits.clone() if reported and (self._penalised or self._held) else logits
+        self._adjust(logits, slots, num_outputs, drafts)
+        offsets = self._any_offsets if self._greedy else torch.tensor(num_outputs, dtype=torch.int64).to(self.device)
+        token_ids = matched(sample(logits, offsets=offsets, **self._gathered).tolist(), slots, drafts)
+        verified = [slot for slot in drafts if slot in self._drawn and slot in draft_probs]
+        if verified:
+            token_ids |= self._verify(logits, slots, num_outputs, verified, drafts, draft_probs)
+        if self._penalised:
+            self._add_counts(token_ids)
+        return token_ids, self._report(raw, slots, token_ids) if reported else {}
+
+    def draw(self, logits: Tensor, slots: list[int], num_outputs: list[int]) -> tuple[dict[int, list[int]], dict[int, Tensor]]:
+        """The next token of each slot, and the distribution [V] that it was drawn from where the temperature is not 0."""
+        if slots != self._rows:
+            self._gather(slots)
+        self._adjust(logits, slots, num_outputs, NO_DRAFTS)
+        index = torch.tensor(slots, dtype=torch.int64)
+        temperature, top_p, min_p = (row.to(self.device) for row in self.numbers[:3].index_select(1, index))
+        drawn = restricted(logits, temperature, self.top_k.index_select(0, index).to(self.device), top_p, min_p)
+        offsets = torch.tensor(num_outputs, dtype=torch.int64).to(self.device)
+        ids = sample(drawn, temperature=(temperature > 0).float(), seeds=self._gathered["seeds"], offsets=offsets)
+        token_ids = matched(ids.tolist(), slots, NO_DRAFTS)
+        if self._penalised:
+            self._add_counts(token_ids)
+        probs = drawn.softmax(-1)
+        return token_ids, {slot: probs[row] for row, slot in enumerate(slots) if slot in self._drawn}
+
+    def _adjust(self, logits: Tensor, slots: list[int], num_outputs: list[int], drafts: Mapping[int, Sequence[int]]) -> None:
+        """All that changes logits before the temperature, in place."""
         if self._penalised:
             self._penalise(logits, slots, drafts)
         if self._held:
             self._hold(logits, slots, num_outputs)
-        offsets = self._any_offsets if self._greedy else torch.tensor(num_outputs, dtype=torch.int64).to(self.device)
-        token_ids = matched(sample(logits, offsets=offsets, **self._gathered).tolist(), slots, drafts)
-        if self._penalised:
-            self._add_counts(token_ids)
-        return token_ids, self._report(raw, slots, token_ids) if reported else {}
+
+    def _verify(
+        self,
+        logits: Tensor,
+        slots: list[int],
+        num_outputs: list[int],
+        verified: list[int],
+        drafts: Mapping[int, Sequence[int]],
+        draft_probs: Mapping[int, Sequence[Tensor]],
+    ) -> dict[int, list[int]]:
+        """The next tokens of slots whose guesses were drawn, by rejection; shorter drafts end with -1."""
+        longest = max(len(drafts[slot]) for slot in verified)
+        first = [slots.index(slot) for slot in verified]
+        last = [row + len(drafts[slot]) for row, slot in zip(first, verified, strict=True)]
+        rows = [[min(begin + at, end) for at in range(longest + 1)] for begin, end in zip(first, last, strict=True)]
+        ids = torch.full((len(verified), longest), -1, dtype=torch.int32)
+        probs = logits.new_zeros(len(verified), longest, logits.shape[1])
+        for row, slot in enumerate(verified):
+            count = len(drafts[slot])
+            ids[row, :count] = torch.tensor(drafts[slot])
+            probs[row, :count] = torch.stack(list(draft_probs[slot][:count]))
+        index = torch.tensor(verified)
+        temperature, top_p, min_p = (row.to(self.device) for row in self.numbers[:3].index_select(1, index))
+        accepted, following = verify_draft(
+            ids.to(self.device),
+            probs,
+            logits[torch.tensor(rows, device=self.device)],
+            temperature=temperature,
+            top_k=self.top_k.index_select(0, index).to(self.device),
+            top_p=top_p,
+            min_p=min_p,
+            seeds=self.seeds.index_select(0, index).to(self.device),
+            offsets=torch.tensor([num_outputs[row] for row in first], dtype=torch.int64).to(self.device),
+        )
+        columns = zip(verified, accepted.tolist(), following.tolist(), strict=True)
+        return {slot: tokens[: count + 1] for slot, count, tokens in columns}
 
     def _gather(self, slots: list[int]) -> None:
         """Collects the parameters of the rows; an option that no row uses stays a number, which costs nothing."""
@@ -202,6 +265,17 @@ def matched(sampled: list[int], slots: list[int], drafts: Mapping[int, Sequence[
             run.append(token)
         row += 1 + len(draft)
     return runs
+
+
+def restricted(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """[n, V] logits over the temperature, -inf for what top-k, top-p and min-p leave out; by row, temperature 0 counts as 1."""
+    scaled = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    ordered, order = scaled.sort(descending=True, stable=True)
+    ranks = torch.arange(logits.shape[1], device=logits.device)
+    kept = (top_k[:, None] <= 0) | (ranks < top_k[:, None])
+    probs = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
+    kept &= (probs.cumsum(-1) - probs < top_p[:, None]) & (probs >= min_p[:, None] * probs[:, :1])
+    return scaled.masked_fill(~torch.zeros_like(kept).scatter(1, order, kept), -torch.inf)
 
 
 def _add(counts: Tensor, pairs: list[tuple[int, int]]) -> None:

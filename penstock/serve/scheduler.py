@@ -186,8 +186,8 @@ class Scheduler:
         for request in self._running:
             limit = min(num_tokens, request.max_output - request.num_output - 1)
             if request.remaining == 1 and limit > 0:
-                own = request.request_id, request.arrival, request.tokens, request.num_prompt, request.params, request.seed
-                found.append(DraftRequest(*own, limit))
+                names = request.request_id, request.slot, request.arrival
+                found.append(DraftRequest(*names, request.tokens, request.num_prompt, request.params, request.seed, limit))
         return found
 
     def step(self, drafts: Mapping[str, Sequence[int]] = NO_DRAFTS) -> StepPlan | None:

@@ -1,5 +1,8 @@
 """Speculative decoding: whatever is guessed, the output is what it would be without, token for token in float32."""
 
+import collections
+import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,11 +12,13 @@ from penstock.serve.config import EngineConfig, InvalidConfig, SpeculativeConfig
 from penstock.serve.drafters import DraftModel, NgramDrafter
 from penstock.serve.engine import Engine
 from penstock.serve.graphs import DecodeGraphs
+from penstock.serve.models.weights import random_weights
 from penstock.serve.params import SamplingParams
-from penstock.serve.plan import DraftRequest
-from penstock.serve.sampler import matched
+from penstock.serve.plan import DraftRequest, Work
+from penstock.serve.runner import Runner
+from penstock.serve.sampler import matched, restricted
 from tests.serve.simulated import SimulatedRunner
-from tests.serve.small_model import complete, make_engine, make_runner
+from tests.serve.small_model import SPEC, complete, make_engine, make_runner
 from tests.serve.small_tokenizer import byte_level
 from tests.serve.test_runner import record_plainly
 
@@ -22,7 +27,7 @@ NGRAM = {"method": "ngram", "num_tokens": 4, "min_ngram": 1}
 
 
 def ask(tokens, limit=5, arrival=0, num_prompt=1, name="a", params=None, seed=0):
-    return DraftRequest(name, arrival, tokens, num_prompt, params or SamplingParams(temperature=0.0), seed, limit)
+    return DraftRequest(name, 0, arrival, tokens, num_prompt, params or SamplingParams(temperature=0.0), seed, limit)
 
 
 # The n-gram drafter
@@ -332,3 +337,94 @@ def test_options_are_normalised():
     assert config.speculation == SpeculativeConfig("ngram", 3) and config.num_draft_tokens == 3
     assert EngineConfig("unused", speculative=config.speculation) == config
     assert EngineConfig("unused").speculation is None and EngineConfig("unused").num_draft_tokens == 0
+
+
+# Verification by rejection
+
+
+def small_vocabulary(weights_seed, **options):
+    spec = replace(SPEC, vocab_size=6, eos_token_ids=())
+    weights = random_weights(spec, dtype=torch.float32, seed=weights_seed)
+    for tensor in weights.tensors():
+        if tensor.dim() == 2:
+            tensor.mul_(8)
+    options = {"max_num_seqs": 64, "page_size": 8, "max_num_batched_tokens": 1024, "kv_cache_memory": "1MiB", **options}
+    return spec, weights, Runner(spec, weights, EngineConfig("unused", **options)), options
+
+
+def exact(spec, weights, prompt, length, params):
+    """The probability of every continuation, by the model itself with transformers' meaning of the parameters."""
+    runner = Runner(spec, weights, EngineConfig("unused", max_num_seqs=1, kv_cache_memory="1MiB"))
+    probs = {(): 1.0}
+    for _ in range(length):
+        for tokens in list(probs):
+            work = Work(0, [*prompt, *tokens], 0, 0, [0, 1], True, 0)
+            with torch.inference_mode():
+                runner._take_pages([work])
+                logits = runner.decoder.logits(runner._forward([], [work]))[0].double() / params.temperature
+            kept = logits >= logits.topk(params.top_k).values[-1]
+            share = logits.masked_fill(~kept, -torch.inf).softmax(-1).tolist()
+            mass = probs.pop(tokens)
+            probs |= {(*tokens, token): mass * one for token, one in enumerate(share) if one > 0}
+    return probs
+
+
+def test_the_joint_distribution_by_rejection_is_that_of_the_model():
+    params = SamplingParams(temperature=1.3, top_k=5, max_tokens=4)
+    spec, weights, runner, options = small_vocabulary(1)
+    *_, other, _ = small_vocabulary(2)
+    limits = {name: options[name] for name in ("max_num_seqs", "max_num_batched_tokens")}
+    drafter = DraftModel(other, keep_probs=True, **limits)
+    own = {"method": "ngram", "num_tokens": 3}  # the drafter is given
+    engine = Engine(EngineConfig("unused", speculative=own, skip_tokenizer_init=True, **options), runner, None, drafter)
+    prompt, count = [1, 4, 2, 0, 3], 2500
+    prompts = [{"prompt_token_ids": prompt}] * count
+    got = collections.Counter(tuple(tokens) for [(tokens, _)] in complete(engine, prompts, params))
+    expected = {tokens: count * share for tokens, share in exact(spec, weights, prompt, 4, params).items()}
+    assert set(got) <= set(expected)
+    rare = [tokens for tokens, mean in expected.items() if mean < 5]
+    observed = [got[tokens] for tokens in expected if tokens not in rare] + [sum(got[tokens] for tokens in rare)]
+    means = [mean for tokens, mean in expected.items() if tokens not in rare] + [sum(expected[tokens] for tokens in rare)]
+    statistic = 2 * sum(seen * math.log(seen / mean) for seen, mean in zip(observed, means, strict=True) if seen)
+    freedom = len(means) - 1
+    # Wilson and Hilferty's approximation of the χ² quantile at 1 - 1e-4
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert statistic < limit, f"G = {statistic:.1f} on {freedom} degrees of freedom, limit {limit:.1f}"
+    assert 0.4 < engine.statistics().accepted_tokens / engine.statistics().draft_tokens < 0.9
+
+
+def test_rejection_keeps_all_guesses_of_the_same_model_and_greedy_outputs(plain):
+    for name in ("greedy", "stops", "drawn", "penalised"):
+        drafter = small_draft(3)
+        drafter.keep_probs = True
+        engine = make_engine(drafter, speculative=NGRAM)
+        got = complete(engine, PROMPTS, PARAMS[name])
+        if PARAMS[name].temperature == 0:
+            same(got, plain[name])
+        statistics = engine.statistics()
+        assert statistics.accepted_tokens > 0.97 * statistics.draft_tokens > 0
+
+
+def test_rejection_needs_one_vocabulary():
+    drafter = small_draft(3)
+    drafter.keep_probs, drafter.vocab_size = True, 60
+    with pytest.raises(InvalidConfig, match="same vocabulary, 61, got 60"):
+        make_engine(drafter, speculative=NGRAM)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ((0, 1.0, 0.0), [3, 2, 1, 0]),
+        ((2, 1.0, 0.0), [3, 2]),
+        ((0, 0.7, 0.0), [3, 2]),
+        ((0, 1.0, 0.2), [3, 2]),
+        ((3, 0.1, 0.0), [3]),
+    ],
+)
+def test_what_a_guess_is_drawn_from(options, kept):
+    logits = torch.tensor([[0.0, 1.0, 2.5, 3.0]]) * 2
+    top_k, top_p, min_p = (torch.tensor([value]) for value in options)
+    got = restricted(logits, torch.tensor([2.0]), top_k, top_p, min_p)
+    assert sorted((got[0] > -torch.inf).nonzero().flatten().tolist(), reverse=True) == kept
+    torch.testing.assert_close(got[0, kept], logits[0, kept] / 2)
