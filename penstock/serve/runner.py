@@ -76,6 +76,7 @@ class Runner:
             max_num_seqs=config.max_num_seqs,
         )
         self.device = device
+        self.dtype = dtype
         self.vocab_size = spec.vocab_size
         self.eos_token_ids = spec.eos_token_ids
         self.page_size = page_size
