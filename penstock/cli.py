@@ -115,6 +115,10 @@ def generate(
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Prompt and output together; default: the model's.")] = None,
+    speculative: Annotated[
+        str | None, typer.Option(help='Guess tokens: "ngram", or the folder of a smaller model with the same tokenizer.')
+    ] = None,
+    num_speculative_tokens: Annotated[int, typer.Option(help="Tokens to guess in one step at most.")] = 4,
     stats: Annotated[bool, typer.Option(help="Show on stderr which kernels ran, why, and how fast.")] = True,
 ) -> None:
     """Generate text, shown as it comes."""
@@ -133,18 +137,24 @@ def generate(
             seed=seed,
             ignore_eos=ignore_eos,
         )
-        EngineConfig(model=model, device=device, dtype=dtype, max_model_len=max_model_len)
+        guesses = speculative and {"method": "ngram", "num_tokens": num_speculative_tokens}
+        if guesses and speculative != "ngram":
+            guesses |= {"method": "draft", "model": speculative}
+        config = EngineConfig(model, device=device, dtype=dtype, max_model_len=max_model_len, speculative=guesses or None)
     except (InvalidParameter, InvalidConfig) as error:
         reasons = "; ".join(line.strip() for line in str(error).splitlines())
         raise UsageError(reasons.removeprefix("SamplingParams: ").removeprefix("EngineConfig:; ")) from error
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     resolve_model(model)
+    if config.speculation is not None and config.speculation.model is not None:
+        resolve_model(config.speculation.model)
     resolve_device(device)
 
     from penstock.serve.llm import LLM
 
     with loading_bar() as progress:
-        llm = LLM(model, device=device, dtype=dtype, max_model_len=max_model_len, max_num_seqs=1, progress=progress)
+        options: dict[str, Any] = {"max_model_len": max_model_len, "speculative": config.speculation}
+        llm = LLM(model, device=device, dtype=dtype, max_num_seqs=1, progress=progress, **options)
     request: Any = text
     if chat or system is not None:
         messages = [{"role": "user", "content": text}]
@@ -155,7 +165,9 @@ def generate(
     measured = write_as_it_comes(llm, request, params)
     if stats:
         show_choices()
-        print(measured.describe(), file=sys.stderr)
+        counts = llm.engine.statistics()
+        guessed = f", {counts.accepted_tokens} of {counts.draft_tokens} guesses right" if speculative else ""
+        print(measured.describe() + guessed, file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -54,7 +54,7 @@ def bench(
         # Candidates are kernels: without a GPU they run through the interpreter, chosen before Triton is imported.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     console = Console(width=200, soft_wrap=True)
-    options = {"model": model, "shape": shape, "quick": quick, "output": output}
+    options: dict[str, Any] = {"model": model, "shape": shape, "quick": quick, "output": output}
     if "engine" in targets and (shared_prefix or speculative):
         from penstock.bench.engine_options import bench_from_command_line
 
