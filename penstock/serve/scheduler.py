@@ -68,6 +68,7 @@ class _Request:
     num_published: int = 0  # pages that can be found, or whose key was taken
     num_computed: int = 0
     was_preempted: bool = False
+    ended: bool = False
 
     @property
     def num_output(self) -> int:
@@ -170,6 +171,7 @@ class Scheduler:
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
+        request.ended = True
         if request.slot >= 0:
             self._running.remove(request)
             self._release(request)
@@ -217,10 +219,12 @@ class Scheduler:
             count = self._make_room(request, 1 if decode else self._chunk(request, budget))
             if count == 0:
                 continue
-            draft = list(drafts.get(request.request_id, ()))[: self._spare(request, budget)] if decode and drafts else []
+            draft = drafts.get(request.request_id, ()) if decode and drafts else ()
+            if draft:
+                draft = draft[: self._spare(request, budget)]
+                budget -= len(draft)
             work = self._work(request, count, draft)
             in_flight.append((request, work))
-            budget -= len(draft)
             if decode:
                 decodes.append(work)
             else:
@@ -260,15 +264,18 @@ class Scheduler:
         """
         if self._in_flight is None:
             raise RuntimeError("Scheduler.commit: no plan is in flight")
-        live = [(request, work) for request, work in self._in_flight if self._is_here(request)]
+        live = [(request, work) for request, work in self._in_flight if not request.ended]
         missing = [work.slot for _, work in live if work.sample and not result.token_ids.get(work.slot)]
         if missing:
             raise ValueError(f"Scheduler.commit: the result has no token for slots {missing}")
         self._in_flight = None
         for request, work in live:
             request.num_computed += len(work.token_ids) - work.num_draft
-            if work.sample:
-                self._append_all(request, work, result)
+            if work.num_draft:
+                self._append_run(request, work, result)
+            elif work.sample:
+                logprobs = result.logprobs[work.slot][0] if work.slot in result.logprobs else None
+                self._append(request, result.token_ids[work.slot][0], logprobs)
         return self.drain()
 
     def drain(self) -> list[Event]:
@@ -379,40 +386,41 @@ class Scheduler:
         return SlotInit(request.slot, request.request_id, prompt, output, request.params, request.seed)
 
     def _work(self, request: _Request, count: int, draft: Sequence[int] = ()) -> Work:
-        start, stop = request.num_computed, request.num_computed + count
-        missing = -(-(stop + len(draft)) // self.config.page_size) - len(request.pages)
+        size, start, stop = self.config.page_size, request.num_computed, request.num_computed + count
+        missing = -(-(stop + len(draft)) // size) - len(request.pages)
         if missing > 0:
             request.pages += self._pages.allocate(missing)
         page_index, request.num_sent = request.num_sent, len(request.pages)
-        new_pages = request.pages[page_index:]
-        self._publish(request, stop)
-        sample = stop == len(request.tokens)
-        token_ids = [*request.tokens[start:stop], *draft]
+        if stop // size > request.num_published:
+            self._publish(request, stop)
+        token_ids = request.tokens[start:stop]
+        token_ids += draft
+        sample, new_pages = stop == len(request.tokens), request.pages[page_index:]
         return Work(request.slot, token_ids, start, page_index, new_pages, sample, request.num_output, len(draft))
 
-    def _append_all(self, request: _Request, work: Work, result: StepResult) -> None:
-        """Take in the sampled tokens: the guesses that were right are computed; all end where the request ends."""
+    def _append_run(self, request: _Request, work: Work, result: StepResult) -> None:
+        """Take in what was sampled at guesses: those that were right are computed; all end where the request ends."""
         token_ids = result.token_ids[work.slot]
         logprobs: Sequence[TokenLogprobs | None] = result.logprobs.get(work.slot) or [None] * len(token_ids)
         request.num_computed += len(token_ids) - 1
         self._draft_tokens += work.num_draft
         self._accepted_tokens += len(token_ids) - 1
         for token_id, own in zip(token_ids, logprobs, strict=True):
-            if self._is_here(request):
+            if not request.ended:
                 self._append(request, token_id, own)
-        if self._is_here(request):
+        if not request.ended:
             self._publish(request, request.num_computed)
 
     def _append(self, request: _Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         request.tokens.append(token_id)
         self._output_tokens += 1
-        params = request.params
+        params, num_output = request.params, request.num_output
         is_eos = token_id in request.eos_token_ids and not params.ignore_eos
-        is_stop = (is_eos or token_id in params.stop_tokens) and request.num_output >= params.min_tokens
+        is_stop = (is_eos or token_id in params.stop_tokens) and num_output >= params.min_tokens
         self._events.append(TokenEvent(request.request_id, token_id, logprobs, is_stop))
         if is_stop:
             self.finish(request.request_id, "stop", None if is_eos else token_id)
-        elif request.num_output >= request.max_output:
+        elif num_output >= request.max_output:
             self.finish(request.request_id, "length")
 
     # What it looks like from outside
@@ -445,9 +453,6 @@ class Scheduler:
             draft_tokens=self._draft_tokens,
             accepted_tokens=self._accepted_tokens,
         )
-
-    def _is_here(self, request: _Request) -> bool:
-        return self._requests.get(request.request_id) is request
 
     def check(self) -> None:
         """Assert everything that holds between calls."""
