@@ -1,4 +1,4 @@
-"""ids = the top_k experts by score (+ bias), within the best groups of experts; weights = their scores, scaled to sum to one."""
+"""ids = the top_k experts by score (+ bias), within the best groups of experts; weights = their scores, summing to one."""
 
 import math
 from collections.abc import Iterable
@@ -175,8 +175,8 @@ def cases() -> Iterable[Case]:
 
         return Case(name, build, bench)
 
-    v2 = {"renormalize": False, "num_groups": 8, "top_groups": 3, "scale": 16.0}
-    v3 = {"scoring": "sigmoid", "biased": True, "num_groups": 8, "top_groups": 4, "scale": 2.5}
+    v2: dict[str, Any] = {"renormalize": False, "num_groups": 8, "top_groups": 3, "scale": 16.0}
+    v3: dict[str, Any] = {"scoring": "sigmoid", "biased": True, "num_groups": 8, "top_groups": 4, "scale": 2.5}
     yield case("mixtral", 3, 8, 2)
     yield case("qwen3", 5, 128, 8)
     yield case("qwen3_not_renormalized", 5, 128, 8, renormalize=False)

@@ -1,7 +1,6 @@
 """A program of one warp takes one token, so that every maximum is a few shuffles and no barrier.
 
-The experts stand as [groups, members], both padded to powers of two; the numbers rise along the flattened tile, so that the first
-of equal ones is the one with the smaller id.
+The experts stand as [groups, members], both padded to powers of two.
 """
 
 import triton
