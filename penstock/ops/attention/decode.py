@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.cases import Case, Cost
-from penstock.core.check import DENSE, FLOATS, INDICES, boolean, optional, positive
+from penstock.core.check import DENSE, FLOATS, INDICES, Contract, boolean, optional, positive
 from penstock.core.op import op
 from penstock.ops.attention import _cases, _options, _reference
 from penstock.ops.attention.decode_plan import DecodePlan
@@ -15,7 +15,8 @@ from penstock.ops.attention.decode_plan import DecodePlan
 MAX_Q_LEN = 8
 
 
-def _few(value: object) -> str | None:
+def few(value: object) -> str | None:
+    """A count of tokens that decode takes."""
     good = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_Q_LEN
     return None if good else f"an integer from 1 to {MAX_Q_LEN}"
 
@@ -26,7 +27,7 @@ SPEC = {
     "v_cache": ("P S Hkv Dv", "q", DENSE),
     "page_table": ("B max_pages", INDICES, DENSE),
     "seqlens_k": ("B", INDICES, DENSE),
-    "q_len": _few,
+    "q_len": few,
     "causal": boolean,
     "scale": optional(positive),
     "window_left": _options.window_size,
@@ -89,7 +90,7 @@ def attention_decode(
     options = (q_len, causal, scale, left, right, softcap, sinks)
     launch = attention_decode.pick(impl, q, k_cache, v_cache, page_table, seqlens_k, *options, out)
     if plan is not None:
-        _check_plan(plan, seqlens_k)
+        check_plan(attention_decode.contract, plan, seqlens_k)
     if out is None:
         out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
     out_lse = q.new_empty(q.shape[:2], dtype=_options.lse_dtype(q)) if return_lse else None
@@ -97,9 +98,9 @@ def attention_decode(
     return out if out_lse is None else (out, out_lse)
 
 
-def _check_plan(plan: DecodePlan, seqlens_k: Tensor) -> None:
+def check_plan(contract: Contract, plan: DecodePlan, seqlens_k: Tensor) -> None:
     """ContractError unless the plan is one for as many requests, on their device; its values are not read."""
-    B, contract = seqlens_k.shape[0], attention_decode.contract
+    B = seqlens_k.shape[0]
     if not isinstance(plan, (tuple, list)) or len(plan) != 3 or not all(isinstance(part, Tensor) for part in plan):
         raise contract.error("plan", f"must be what attention_decode_plan returned, got {type(plan).__name__}", {})
     sizes = [part.numel() for part in plan]

@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from penstock.core.device import has_dependent_launch, num_sms
+from penstock.core.device import has_dependent_launch
 from penstock.core.tuning import tuned
+from penstock.ops.attention._combine_triton import combine
 from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, page_kind, pages_of, rows_at, tanh
 from penstock.ops.attention.decode_plan import LEAD, MAX_ROWS, SHARE, TILE, attention_decode_plan, row_blocks
 
@@ -262,83 +263,6 @@ def _decode_kernel(
         request += 1
 
 
-@triton.jit(do_not_specialize=["num_requests", "C"])
-def _combine_kernel(
-    out_ptr,
-    lse_ptr,
-    part_ptr,
-    part_lse_ptr,
-    sinks_ptr,
-    unit_start_ptr,
-    out_token,
-    out_head,
-    num_requests,
-    C,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    Q_LEN: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    LEAD: tl.constexpr,
-    SHARE: tl.constexpr,
-    PIECES: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    request = tl.program_id(0) // Q_LEN
-    begin = tl.load(unit_start_ptr + request)
-    end = tl.load(unit_start_ptr + request + 1)
-    total = tl.load(unit_start_ptr + num_requests)
-    working = tl.maximum(tl.minimum(C, tl.cdiv(total, SHARE)), 1).to(tl.int64)
-    divisor = tl.maximum(total, 1)
-    # The program whose run holds unit u is the last c with c · total // working <= u.
-    first = (((begin + LEAD + 1) * working - 1) // divisor).to(tl.int32)
-    last = ((end * working - 1) // divisor).to(tl.int32)
-    if EARLY:
-        # Before any exit: a kernel after this one must find the first one finished.
-        gdc_wait()
-    if (end > begin) & (first == last):
-        return
-    columns = tl.arange(0, BLOCK_DV)
-    row = (tl.program_id(0) % Q_LEN) * GROUP + head % GROUP
-    acc = tl.zeros([BLOCK_DV], tl.float32)
-    m = float("-inf")
-    l = 0.0
-    if end > begin:
-        for start in tl.range(first, last + 1, PIECES):
-            programs = start + tl.arange(0, PIECES)
-            exists = programs <= last
-            slots = 2 * programs + (programs == first).to(tl.int32)
-            piece = (slots * KV_HEADS + head // GROUP).to(tl.int64) * (GROUP * Q_LEN) + row
-            lse = tl.load(part_lse_ptr + piece, exists, other=float("-inf"))
-            part = tl.load(
-                part_ptr + piece[:, None] * DV + columns[None, :], exists[:, None] & (columns < DV)[None, :], other=0.0
-            )
-            m_new = tl.maximum(m, tl.max(lse, 0))
-            base = tl.where(m_new == float("-inf"), 0.0, m_new)
-            weights = tl.exp2(lse - base)
-            alpha = tl.exp2(m - base)
-            l = l * alpha + tl.sum(weights, 0)
-            acc = acc * alpha + tl.sum(weights[:, None] * part, 0)
-            m = m_new
-    dead = m == float("-inf")
-    if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
-        highest = tl.maximum(m, sink)
-        shrink = tl.exp2(m - highest)
-        l = l * shrink + tl.exp2(sink - highest)
-        acc = acc * shrink
-        m = tl.where(dead, m, highest)
-    l = tl.where(dead, 1.0, l)
-    tl.store(out_ptr + token * out_token + head * out_head + columns, (acc / l).to(out_ptr.dtype.element_ty), columns < DV)
-    if HAS_LSE:
-        lse = tl.where(dead, float("-inf"), (m + tl.log2(l)) * LN2)
-        tl.store(lse_ptr + token * (KV_HEADS * GROUP) + head, lse)
-
-
 def launch(
     out: Tensor,
     out_lse: Tensor | None,
@@ -432,25 +356,4 @@ def launch(
     )
     if direct:
         return
-    # With few KV heads there are many programs, and a long request has hundreds of pieces. A small batch leaves the registers
-    # to hold 128 of them at once.
-    wide = programs > 64 and T * Hq <= 2 * num_sms(q.device)
-    _combine_kernel[(T, Hq)](
-        out,
-        lse,
-        part,
-        part_lse,
-        sink_values,
-        unit_start,
-        *out.stride()[:2],
-        B,
-        programs,
-        LEAD=LEAD,
-        SHARE=SHARE,
-        PIECES=128 if wide else 32,
-        EARLY=early,
-        **shape,
-        **flags,
-        num_warps=8 if wide else 4,
-        **({"launch_pdl": True} if early else {}),
-    )
+    combine(out, out_lse, part, part_lse, sinks, unit_start, Hkv, q_len)
