@@ -5,8 +5,8 @@ from penstock.ops.activation.silu_and_mul import silu_and_mul as silu_and_mul
 from penstock.ops.activation.silu_and_mul_quant import silu_and_mul_quant as silu_and_mul_quant
 from penstock.ops.attention.decode import attention_decode as attention_decode
 from penstock.ops.attention.decode_plan import attention_decode_plan as attention_decode_plan
-from penstock.ops.attention.mla import mla_decode as mla_decode
 from penstock.ops.attention.merge import merge_attention as merge_attention
+from penstock.ops.attention.mla import mla_decode as mla_decode
 from penstock.ops.attention.prefill import attention_prefill as attention_prefill
 from penstock.ops.attention.prefill_paged import attention_prefill_paged as attention_prefill_paged
 from penstock.ops.kvcache.copy_pages import copy_pages as copy_pages

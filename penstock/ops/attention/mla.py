@@ -10,7 +10,7 @@ from penstock.core.cases import Case, Cost, Make, nbytes
 from penstock.core.check import DENSE, FLOATS, INDICES, optional, positive
 from penstock.core.op import op
 from penstock.ops.attention import _cases, _options, _reference
-from penstock.ops.attention.decode import MAX_Q_LEN, check_plan, few
+from penstock.ops.attention.decode import check_plan, few
 from penstock.ops.attention.decode_plan import DecodePlan
 
 MAX_LATENT = 512

@@ -180,8 +180,8 @@ def _mla_kernel(
             q_rope = tl.load(rope_at, exists[:, None] & (rope_columns < DR), other=0.0)
             own = rows // HEADS + (k_len - Q_LEN)
             table = table_ptr + request.to(tl.int64) * table_row
-            acc, m, l = _walk(q_latent, q_rope, cache_ptr, table, page_stride, slot_stride, own, k_len, score_scale, first, last,
-                              Q_LEN > 1, PAGE_SIZE, BLOCK_M, BLOCK_N, DC, DR, BLOCK_DC, BLOCK_DR, PRECISION)  # fmt: skip
+            acc, m, l = _walk(q_latent, q_rope, cache_ptr, table, page_stride, slot_stride, own, k_len, score_scale, first,
+                              last, Q_LEN > 1, PAGE_SIZE, BLOCK_M, BLOCK_N, DC, DR, BLOCK_DC, BLOCK_DR, PRECISION)  # fmt: skip
             acc, lse = finish(acc, m, l, m, False)
             if (start == begin) & (stop == request_end):
                 at = out_ptr + (tokens * out_token + heads * out_head)[:, None] + columns
