@@ -18,7 +18,18 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from penstock.core.device import has_dependent_launch
 from penstock.core.tuning import tuned
 from penstock.ops.attention._combine_triton import combine
-from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, page_kind, pages_of, rows_at, tanh
+from penstock.ops.attention._softmax_triton import (
+    LN2,
+    LOG2E,
+    NO_SCALES,
+    finish,
+    fp8_scales,
+    page_kind,
+    pages_of,
+    rescale,
+    rows_at,
+    tanh,
+)
 from penstock.ops.attention.decode_plan import LEAD, MAX_ROWS, SHARE, TILE, attention_decode_plan, row_blocks
 
 # Up to this many keys a request is one program's work: a schedule and a second kernel would cost more than they spread.
@@ -72,6 +83,7 @@ def _walk(
     k_slot,
     v_page,
     v_slot,
+    v_column,
     own,
     k_len,
     low,
@@ -79,12 +91,17 @@ def _walk(
     right,
     cap_scale,
     score_scale,
+    k_scale_base,
+    k_scale_page,
+    k_scale_slot,
     first,
     last,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     ROWS_DIFFER: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    FP8: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,13 +127,18 @@ def _walk(
         if HAS_LEFT:
             inside = inside & (keys >= low)
         k_at = rows_at(k_base, pages, block, k_page, k_slot, PAGE_SIZE, BLOCK_N) + columns
-        v_at = rows_at(v_base, pages, block, v_page, v_slot, PAGE_SIZE, BLOCK_N) + v_columns
+        v_at = rows_at(v_base, pages, block, v_page, v_slot, PAGE_SIZE, BLOCK_N) + v_columns * v_column
+        if TOKEN_SCALES:
+            k_scale_at = rows_at(k_scale_base, pages, block, k_scale_page, k_scale_slot, PAGE_SIZE, BLOCK_N)
+            k_scales = tl.load(k_scale_at, inside[:, None], other=1.0)
         pages = pages_of(table, block + 1, k_stop, PAGE_SIZE, BLOCK_N)
         k = tl.load(k_at, inside[:, None] & (columns < D), other=0.0)
         v = tl.load(v_at, inside[:, None] & (v_columns < DV), other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if TOKEN_SCALES:
+            s = s * tl.trans(k_scales)
         if HAS_CAP:
-            s = tanh(s * cap_scale)
+            s = tanh(s * cap_scale[:, None])
         visible = inside[None, :]
         if ROWS_DIFFER:
             if HAS_LEFT:
@@ -124,11 +146,7 @@ def _walk(
             if HAS_RIGHT:
                 visible = visible & (keys[None, :] <= (own + right)[:, None])
         s = tl.where(visible, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * score_scale)
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s * score_scale - base[:, None])
-        alpha = tl.exp2(m - base)
-        m = m_new
+        p, alpha, m = rescale(s, m, score_scale, True, 8.0 if FP8 else 0.0)
         weights = weights * alpha[:, None] + p
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, m, tl.sum(weights, 1)
@@ -146,6 +164,9 @@ def _decode_kernel(
     table_ptr,
     seqlens_ptr,
     sinks_ptr,
+    q_scale_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     unit_start_ptr,
     first_tile_ptr,
     first_request_ptr,
@@ -159,6 +180,13 @@ def _decode_kernel(
     v_page,
     v_slot,
     v_head,
+    v_column,
+    q_scale_token,
+    q_scale_head,
+    k_scale_page,
+    k_scale_slot,
+    k_scale_head,
+    v_scale_head,
     table_row,
     num_requests,
     left,
@@ -174,6 +202,8 @@ def _decode_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    FP8: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     LEAD: tl.constexpr,
     SHARE: tl.constexpr,
@@ -204,6 +234,17 @@ def _decode_kernel(
     sink = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + heads, exists, other=0.0).to(tl.float32) * 1.4426950408889634
+
+    k_scale_base = k_scale_ptr
+    kv_scale = 1.0
+    v_lift = 1.0
+    if FP8:
+        if TOKEN_SCALES:
+            k_scale_base = k_scale_ptr + kv_head.to(tl.int64) * k_scale_head
+        else:
+            kv_scale = tl.load(k_scale_ptr + kv_head * k_scale_head)
+        # The weights are lifted by 2^8.
+        v_lift = tl.load(v_scale_ptr + kv_head * v_scale_head) * 0.00390625
 
     if DIRECT:
         request = program
@@ -244,9 +285,22 @@ def _decode_kernel(
             q = tl.load(q_at, exists[:, None] & (columns < D), other=0.0)
             own = rows // GROUP + (k_len - Q_LEN)
             table = table_ptr + request.to(tl.int64) * table_row
-            acc, m, l = _walk(q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, k_len, low, left, right, cap_scale,
-                              score_scale, first, last, HAS_LEFT, HAS_RIGHT, Q_LEN > 1, HAS_CAP, PAGE_SIZE, BLOCK_M, BLOCK_N,
-                              D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
+            score_scales = tl.full([BLOCK_M], 1.0, tl.float32) * score_scale
+            cap_scales = tl.full([BLOCK_M], 1.0, tl.float32) * cap_scale
+            if FP8:
+                q_scale_at = q_scale_ptr + tokens * q_scale_token + heads * q_scale_head
+                row_scales = tl.load(q_scale_at, exists, other=1.0) * kv_scale
+                if HAS_CAP:
+                    cap_scales *= row_scales
+                else:
+                    score_scales *= row_scales
+            acc, m, l = _walk(q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, v_column, own, k_len, low, left, right,
+                              cap_scales, score_scales, k_scale_base, k_scale_page, k_scale_slot, first, last, HAS_LEFT,
+                              HAS_RIGHT, Q_LEN > 1, HAS_CAP, FP8, TOKEN_SCALES, PAGE_SIZE, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
+                              BLOCK_DV, PRECISION)  # fmt: skip
+            if FP8:
+                l = l * 0.00390625
+                acc = acc * v_lift
             if (start == begin) & (stop == request_end):
                 acc, lse = finish(acc, m, l, sink, HAS_SINKS)
                 at = out_ptr + (tokens * out_token + heads * out_head)[:, None] + v_columns
@@ -278,6 +332,9 @@ def launch(
     window_right: int,
     softcap: float | None,
     sinks: Tensor | None,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     plan: tuple[Tensor, Tensor, Tensor] | None,
 ) -> None:
     """Launches over KV heads, the plan's programs and blocks of rows, then the sum of pieces over tokens and heads."""
@@ -306,6 +363,8 @@ def launch(
         programs = first_request.shape[0]
         part = q.new_empty(2 * programs, Hkv, rows, Dv, dtype=torch.float32)
         part_lse = q.new_empty(2 * programs, Hkv, rows, dtype=torch.float32)
+    fp8 = q.dtype is torch.float8_e4m3fn
+    scales = fp8_scales(q, q_scale, k_scale, v_scale) if fp8 else NO_SCALES
     sink_values = q if sinks is None else sinks
     flags = {"HAS_LSE": out_lse is not None, "HAS_SINKS": sinks is not None}
     shape = {"KV_HEADS": Hkv, "GROUP": group, "Q_LEN": q_len, "DV": Dv, "BLOCK_DV": max(16, triton.next_power_of_2(Dv))}
@@ -322,13 +381,15 @@ def launch(
         page_table,
         seqlens_k,
         sink_values,
+        *(scale if scale is not None else q for scale in scales[0]),
         unit_start,
         first_tile,
         first_request,
         *out.stride()[:2],
         *q.stride()[:2],
         *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
+        *v_cache.stride(),
+        *scales[1],
         page_table.stride(0),
         B,
         window_left,
@@ -339,6 +400,8 @@ def launch(
         HAS_LEFT=window_left >= 0,
         HAS_RIGHT=right >= 0,
         HAS_CAP=bool(softcap),
+        FP8=fp8,
+        TOKEN_SCALES=k_scale is not None and k_scale.dim() == 3,
         PAGE_SIZE=page_size,
         LEAD=LEAD,
         SHARE=SHARE,
@@ -346,7 +409,7 @@ def launch(
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         D=D,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        BLOCK_D=max(32 if fp8 else 16, triton.next_power_of_2(D)),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         EARLY=early and not direct,
         **shape,

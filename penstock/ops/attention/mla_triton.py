@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from penstock.core.device import has_dependent_launch
 from penstock.core.tuning import tuned
 from penstock.ops.attention._combine_triton import combine
-from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, page_kind, pages_of, rows_at
+from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, page_kind, pages_of, rescale, rows_at
 from penstock.ops.attention.decode_plan import LEAD, MAX_ROWS, SHARE, TILE, attention_decode_plan, row_blocks
 
 
@@ -82,6 +82,7 @@ def _walk(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     k_stop = tl.minimum(k_len, last * BLOCK_N)
+    score_scales = tl.full([BLOCK_M], 1.0, tl.float32) * score_scale
     pages = pages_of(table, first, k_stop, PAGE_SIZE, BLOCK_N)
     for block in tl.range(first, last):
         keys = block * BLOCK_N + steps
@@ -96,11 +97,7 @@ def _walk(
         if ROWS_DIFFER:
             visible = visible & (keys[None, :] <= own[:, None])
         s = tl.where(visible, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * score_scale)
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s * score_scale - base[:, None])
-        alpha = tl.exp2(m - base)
-        m = m_new
+        p, alpha, m = rescale(s, m, score_scales, True, 0.0)
         l = l * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(latent.dtype), latent, acc * alpha[:, None], input_precision=PRECISION)
     return acc, m, l
