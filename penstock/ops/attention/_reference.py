@@ -71,12 +71,19 @@ def naive(
 def narrow_weights(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One request of dequantised FP8 values: exact but for the weights, which are e4m3(256 · exp(score - highest score))."""
+    """One request of dequantised FP8 values, rounded where a Hopper tensor core rounds FP8.
+
+    Products are added with 13 fractional bits below the largest of them (arXiv:2412.19437, section 3.5.2), and weights are
+    stored as e4m3(256 · exp(score - highest score)).
+    """
     group = q.shape[1] // k.shape[1]
     seen = _seen(visible)
     k = torch.where(seen, k, 0).repeat_interleave(group, 1)
     v = torch.where(seen, v, 0).repeat_interleave(group, 1)
-    scores = torch.einsum("nhd,mhd->hnm", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    largest = q.abs().amax(-1).T[:, :, None] * k.abs().amax(-1).T[:, None, :]
+    step = torch.exp2(torch.floor(torch.log2(largest.clamp(min=torch.finfo(largest.dtype).tiny))) - 13)
+    scores = torch.trunc(torch.einsum("nhd,mhd->hnm", q, k) / step) * step
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, float("-inf"))

@@ -48,7 +48,7 @@ def configure(itemsize: int, width: int, rows: int, pages: str) -> MlaConfig:
     if itemsize == 4:
         # float32 products run on the CUDA cores, which hold a whole operand in registers.
         return MlaConfig(16, 8, 2)
-    return MlaConfig(64, 8, 2) if rows > 16 else MlaConfig(32, 8, 4)
+    return MlaConfig(64, 8, 2 if rows > 16 else 3)
 
 
 @triton.jit
