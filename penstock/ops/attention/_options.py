@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.core.check import Contract
+from penstock.core.check import Contract, short
 
 MAX_HEAD_DIM = 256
 MAX_PAGE_SIZE = 256
@@ -46,6 +46,24 @@ def page_size_reason(k_cache: Tensor) -> str | None:
     size = k_cache.shape[1]
     if size & (size - 1) or not 1 <= size <= MAX_PAGE_SIZE:
         return f"page_size {size} is not a power of two from 1 to {MAX_PAGE_SIZE}"
+    return None
+
+
+def tma_reason(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, page_size: int) -> str | None:
+    """Why the Hopper kernel of prefill does not take the call, or None."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q is {short(q.dtype)}; the kernel multiplies float16 or bfloat16"
+    for name, size in (("q", q.shape[-1]), ("v", v.shape[-1])):
+        if size <= 32:
+            return f"the head dimension {size} of {name} would fill less than half of the kernel's narrowest tile, 64"
+    if page_size and (page_size & (page_size - 1) or not 16 <= page_size <= MAX_PAGE_SIZE):
+        return f"page_size {page_size} is not a power of two from 16 to {MAX_PAGE_SIZE}"
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+        if tensor is None:
+            continue
+        strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1][:-1]
+        if any(stride % 8 for stride in strides) or tensor.data_ptr() % 16:
+            return f"{name} does not start every row on a multiple of 16 bytes, as the tensor memory accelerator needs it"
     return None
 
 

@@ -77,7 +77,7 @@ def attention_prefill_paged(
         sinks: [Hq] in q.dtype or float32, a logit per head added to the denominator.
         return_lse: also return the log-sum-exp.
         out: [Tq, Hq, Dv] in q.dtype.
-        impl: "auto", "triton", "cpu" or "reference".
+        impl: "auto", "hopper", "triton", "cpu" or "reference".
     Returns: out [Tq, Hq, Dv] in q.dtype; with return_lse also lse [Tq, Hq] float32 (float64 for float64 inputs), the natural
         logarithm of the denominator. Where no key is visible, and in padding rows, out is 0 and lse is -inf.
     Raises: ContractError when shapes, dtypes or options disagree; NotSupported when no implementation takes the call.
@@ -149,6 +149,31 @@ def _baseline(
 ) -> tuple[Tensor, Tensor]:
     requests = _reference.paged_requests(k_cache, v_cache, page_table, cu_seqlens_q.tolist(), seqlens_k)
     return _reference.over_requests(_reference.naive, q, requests, v_cache.shape[3], *options)
+
+
+def _hopper_supports(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor | None, **others: object) -> str | None:
+    return _options.tma_reason(q, k_cache, v_cache, out, k_cache.shape[1])
+
+
+@attention_prefill_paged.impl(
+    "hopper", needs=("wgmma", "tma", "triton"), supports=_hopper_supports, instructions=("HGMMA", "UTMALDG")
+)
+def _hopper(
+    out: Tensor,
+    out_lse: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None,
+    *options: Any,
+) -> None:
+    from penstock.ops.attention.prefill_hopper import launch
+
+    launch(out, out_lse, q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k, max_seqlen_q, *options)
 
 
 def _supports(k_cache: Tensor, **others: object) -> str | None:
