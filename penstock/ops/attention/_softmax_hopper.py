@@ -1,7 +1,7 @@
 """Online softmax on Hopper's accumulators, in base 2: masks, one step, the end. All of it stays in a warpgroup's registers.
 
-A thread holds two rows, and in each of them two neighbouring columns of every eight. Viewed as [rows, columns / 8, 8] the middle
-index numbers registers, so that what depends on it is known when compiling.
+A thread holds two rows, and in each of them two neighbouring columns of every eight. Viewed as [rows, columns / 8, 8] the
+middle index numbers registers, so that what depends on it is known when compiling.
 """
 
 from penstock.core.gluon import gl, gluon
@@ -18,7 +18,7 @@ def tanh(x):
 
 @gluon.jit
 def masked(s, own_first, n0, k_len, left, right, C: gl.constexpr):
-    """Scores of the keys n0, n0 + 1, ...; -inf where a row's query does not see the key. The first row stands on `own_first`."""
+    """Scores of keys n0, n0 + 1, ...; -inf where a row's query does not see the key. The first row stands on own_first."""
     split = gl.reshape(s, [C.rows, C.block_n // 8, 8])
     layout: gl.constexpr = split.type.layout
     eights = gl.arange(0, C.block_n // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout))) * 8

@@ -1,9 +1,9 @@
 """FlashAttention-3 on packed queries; keys packed or in pages.
 
-One program a multiprocessor. A warp fetches queries, keys and values through the tensor memory accelerator; warpgroups of 64 rows
-compute. Each issues the product of queries and the next block of keys before the product of weights and values of this block, and
-takes the exponentials of the one while the tensor cores work on the other; weights never leave registers. What belongs to whom is
-told through barriers in shared memory: of a stage of keys or values, `full` (it has arrived) and `empty` (all have read it).
+One program a multiprocessor. A warp fetches queries, keys and values through the tensor memory accelerator; warpgroups of 64
+rows compute. Each starts the product of queries and the next block of keys before the product of weights and values of this
+block, and takes the exponentials of the one while the tensor cores work on the other; weights never leave registers. Barriers
+in shared memory tell what belongs to whom: `full` that a block of keys or values has arrived, `empty` that all have read it.
 
 Rows outside a request, and keys after its last, are never read: the copies are cut there. A descriptor has two dimensions that
 both step over rows, so that the first chooses where the second ends (as triton.tools.ragged_tma does). What is cut off is zero
@@ -25,6 +25,7 @@ from penstock.core.gluon import (
     gl,
     gluon,
     mbarrier,
+    reinterpret,
     thread_barrier,
     tma_load,
     tma_store,
@@ -77,14 +78,14 @@ def _give_turn(consumer: gl.constexpr):
 def _matrix(buffer, index, ROWS: gl.constexpr, WIDTH: gl.constexpr):
     """One stage of a buffer as an operand of a product."""
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    return buffer.index(index)._reinterpret(buffer.dtype, [ROWS, WIDTH], layout)
+    return reinterpret(buffer.index(index), buffer.dtype, [ROWS, WIDTH], layout)
 
 
 @gluon.jit
 def _pieces(buffer, COUNT: gl.constexpr, ROWS: gl.constexpr, HEADS: gl.constexpr):
     """A buffer as the pieces of 64 columns that single copies fill."""
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=5)
-    return buffer._reinterpret(buffer.dtype, [COUNT, 1, 1, ROWS, HEADS, 64], layout)
+    return reinterpret(buffer, buffer.dtype, [COUNT, 1, ROWS, 1, HEADS, 64], layout)
 
 
 @gluon.jit
@@ -210,7 +211,7 @@ def _keys_as_pieces(buffer, WIDTH: gl.constexpr, C: gl.constexpr):
     """A buffer of keys or values as the pieces that single copies fill."""
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=5)
     COUNT: gl.constexpr = C.stages * C.parts * WIDTH // 64
-    return buffer._reinterpret(buffer.dtype, [COUNT, 1, 1, C.span, 1, 64], layout)
+    return reinterpret(buffer, buffer.dtype, [COUNT, 1, 1, C.span, 1, 64], layout)
 
 
 @gluon.jit
@@ -240,7 +241,7 @@ def _read(mail):
 @gluon.jit
 def _multiply_keys(buffers, stage, consumer: gl.constexpr, C: gl.constexpr):
     """Starts queries · keys."""
-    q_buf, q_tail, k_buf, k_tail, v_buf = buffers
+    q_buf, q_tail, k_buf, k_tail, _ = buffers
     zero = gl.zeros([C.rows, C.block_n], gl.float32, layout=C.scores_layout)
     q = _matrix(q_buf, consumer, C.rows, C.d)
     k = _matrix(k_buf, stage, C.block_n, C.d).permute((1, 0))
@@ -262,7 +263,7 @@ def _step(state, buffers, bars, kc, more, own_first, n0, k_len, scalars, consume
     """
     o, p, m, l = state
     left, right, cap_scale, score_scale = scalars
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    _, _, k_full, k_empty, v_full, v_empty = bars
     v_buf = buffers[4]
     vc = kc - 1
     if C.pingpong:
@@ -293,9 +294,8 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     v_buf = buffers[4]
     PIECES: gl.constexpr = C.dv // 64
-    if C.pingpong:
-        if consumer == 0:
-            _give_turn(consumer)
+    if C.pingpong and consumer == 0:
+        _give_turn(consumer)
     kc = gl.to_tensor(0)
     step = gl.to_tensor(0)
     mbarrier.wait(q_full.index(0), 0)
@@ -383,10 +383,10 @@ def _clear(out_ptr, lse_ptr, cu_seqlens_q, num_requests, num_rows, heads, out_to
     begin = gl.load(cu_seqlens_q + num_requests)
     for row in range(begin + gl.program_id(0), num_rows, gl.num_programs(0)):
         for head in range(heads):
-            at = out_ptr + row.to(gl.int64) * out_token + head * out_head
+            at = out_ptr + gl.cast(row, gl.int64) * out_token + head * out_head
             gl.store(at + column, zero, column < out_width)
             if C.has_lse:
-                gl.store(lse_ptr + row.to(gl.int64) * heads + head, float("-inf"))
+                gl.store(lse_ptr + gl.cast(row, gl.int64) * heads + head, float("-inf"))
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)

@@ -1,0 +1,167 @@
+"""The Hopper kernel of prefill: its source on CPU threads against the reference, its schedule, what it refuses."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from penstock.core.cases import Make
+from penstock.ops.attention import _cases
+from penstock.ops.attention.prefill import attention_prefill
+from penstock.ops.attention.prefill_paged import attention_prefill_paged
+from penstock.testing.budget import judge
+
+pytest.importorskip("triton")
+
+from penstock.ops.attention import _softmax_hopper, _tiles_hopper, prefill_hopper
+from tests.ops.attention import gluon_on_threads
+
+
+class Before:
+    """A descriptor's base that remembers its tensor."""
+
+    def __init__(self, tensor, elements):
+        self.dtype = tensor.dtype
+        self.line = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+        self.offset = tensor.storage_offset() - elements
+
+    def data_ptr(self):
+        return 0
+
+
+class Kernel:
+    """Stands in for the compiled kernel: a launch runs its source."""
+
+    def __init__(self, requests=64):
+        tiles = gluon_on_threads.functions_of(_tiles_hopper, REQUESTS=requests)
+        softmax = gluon_on_threads.functions_of(_softmax_hopper)
+        self.source = gluon_on_threads.functions_of(prefill_hopper, tiles=tiles, softmax=softmax)
+        self.launches = []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, C, num_warps, maxnreg):
+            self.launches.append(C.tile)
+            arguments = [gluon_on_threads.as_argument(value) for value in arguments]
+            gluon_on_threads.run(self.source._prefill_kernel, grid[0], (*arguments, C.tile))
+
+        return launch
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(prefill_hopper, "_Before", Before)
+
+    def install(**options):
+        kernel = Kernel(**options)
+        monkeypatch.setattr(prefill_hopper, "_prefill_kernel", kernel)
+        return kernel
+
+    return install
+
+
+def call(op, drawn, config=None):
+    """(out, lse) of one call through the emulated kernel."""
+    window = drawn.get("window", (-1, -1))
+    defaults = {"causal": True, "scale": None, "softcap": None, "sinks": None, "max_seqlen_k": None}
+    given = {**defaults, **drawn, "window_left": window[0], "window_right": window[1]}
+    values = drawn["v"] if "v" in drawn else drawn["v_cache"]
+    out = torch.full((*drawn["q"].shape[:2], values.shape[-1]), float("nan"), dtype=drawn["q"].dtype)
+    lse = torch.full(drawn["q"].shape[:2], float("nan"))
+    with nullcontext() if config is None else prefill_hopper.configure.forced(config):
+        op.implementations["hopper"].launch(out, lse, *[given[argument.name] for argument in op.arguments[2:]])
+    return out, lse
+
+
+def check(op, drawn, config=None):
+    """One call through the emulated kernel against the reference, by the budget of the conformance tests."""
+    drawn = {"return_lse": True, **drawn}
+    wide = {n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in drawn.items()}
+    exact, same = op(**wide, impl="reference"), op(**drawn, impl="baseline")
+    found = call(op, drawn, config)
+    for name, *results in zip(("out", "lse"), found, exact, same, strict=True):
+        judge(name, *results)
+    return found[0]
+
+
+SMALL = prefill_hopper.HopperConfig(2, 64, 2, True)
+MIXED = [(150, 150), (0, 9), (33, 200), (7, 0), (40, 9)]
+
+
+def test_packed_requests_of_all_kinds(emulated):
+    kernel = emulated(requests=2)
+    drawn = _cases.prefill("ragged", MIXED, 2, 1, 64, padding=3).build(Make())
+    check(attention_prefill, {**drawn, "max_seqlen_q": 256}, SMALL)
+    assert kernel.launches[0].group == 1
+
+
+@pytest.mark.parametrize(("group", "held"), [(3, 4), (8, 8)])
+def test_heads_packed_for_short_requests(emulated, group, held):
+    kernel = emulated()
+    drawn = _cases.prefill("short", [(20, 150), (1, 3), (45, 45)], 2 * group, 2, 64, with_sinks=True).build(Make())
+    check(attention_prefill, drawn, SMALL)
+    assert kernel.launches[0].group == held
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": False},
+        {"window": (70, -1)},
+        {"window": (0, -1)},
+        {"causal": False, "window": (90, 20)},
+        {"causal": False, "window": (-1, 5)},
+    ],
+    ids=str,
+)
+def test_masks(emulated, options):
+    emulated()
+    drawn = _cases.prefill("masks", [(140, 300), (40, 9), (1, 130)], 1, 1, 64, **options).build(Make())
+    check(attention_prefill, drawn, SMALL)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        prefill_hopper.HopperConfig(2, 128, 2, False),
+        prefill_hopper.HopperConfig(3, 64, 3, True),
+        prefill_hopper.HopperConfig(2, 128, 4, True),
+    ],
+    ids=str,
+)
+def test_configs(emulated, config):
+    emulated()
+    drawn = _cases.prefill("configs", [(200, 200), (130, 400)], 2, 1, 64, dtype=torch.float16, softcap=3.0).build(Make())
+    check(attention_prefill, drawn, config)
+
+
+@pytest.mark.parametrize(("D", "Dv", "reuse"), [(192, 128, True), (256, 256, True), (80, 40, False), (128, 128, False)])
+def test_head_dims(emulated, D, Dv, reuse):
+    kernel = emulated()
+    drawn = _cases.prefill("head_dims", [(70, 150), (3, 3)], 1, 1, D, Dv=Dv).build(Make())
+    check(attention_prefill, drawn)
+    tile = kernel.launches[0]
+    assert tile.reuse == reuse and tile.shared <= prefill_hopper.SHARED
+
+
+@pytest.mark.parametrize(("page_size", "head_major"), [(16, True), (64, False), (256, True)])
+def test_pages(emulated, page_size, head_major):
+    emulated()
+    case = _cases.paged_prefill(
+        "pages", [(9, 9), (130, 150), (0, 20), (2, 0)], 2, 1, 64, page_size=page_size, head_major=head_major
+    )
+    drawn = case.build(Make())
+    for request, length in enumerate(drawn["seqlens_k"].tolist()):
+        drawn["page_table"][request, -(-length // page_size) :] = -(2**31)
+    check(attention_prefill_paged, drawn, SMALL)
+
+
+def test_pages_left_behind_by_the_window(emulated):
+    emulated()
+    drawn = _cases.paged_prefill("window", [(5, 150), (2, 130)], 2, 1, 64, page_size=16, window=(20, -1)).build(Make())
+    want = check(attention_prefill_paged, dict(drawn), SMALL)
+    for request, hidden in enumerate([(150 - 5 - 20) // 16, (130 - 2 - 20) // 16]):
+        for page in drawn["page_table"][request, :hidden].tolist():
+            drawn["k_cache"][page] = drawn["v_cache"][page] = float("nan")
+        drawn["page_table"][request, :hidden] = -(2**31)
+    assert torch.equal(call(attention_prefill_paged, drawn, SMALL)[0], want)
