@@ -30,6 +30,7 @@ class Tile:
         group: heads packed into a tile, a power of two; 1 for none.
         span: keys of one copy: a block, or a page where that is smaller.
         page_size: 0 where keys are packed.
+        q_stages: tiles whose queries are held, 1 or 2.
         reuse: results leave through the shared memory of the queries.
         pingpong: warpgroups take turns at the tensor cores.
     """
@@ -44,6 +45,7 @@ class Tile:
     group: int
     span: int
     page_size: int
+    q_stages: int
     reuse: bool
     pingpong: bool
     has_left: bool
@@ -78,9 +80,14 @@ class Tile:
         return self.d if self.reuse else self.dv
 
     @property
+    def out_parts(self) -> int:
+        """Warpgroups' parts in it."""
+        return self.q_stages * self.consumers if self.reuse else self.consumers
+
+    @property
     def shared(self) -> int:
         """Bytes of shared memory, barriers aside."""
-        queries = self.consumers * self.rows * (self.d + self.tail)
+        queries = self.q_stages * self.consumers * self.rows * (self.d + self.tail)
         results = 0 if self.reuse else self.consumers * self.rows * self.dv
         return 2 * (queries + results + self.stages * self.block_n * (self.d + self.tail + self.dv))
 
