@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/sweep_prefill.py --case 2x8k_32_8_d128 --config 2,128,2,1 --config 3,64,4,0 --check 6
 
-A config is consumers,block_n,stages,pingpong; "default" is what a call takes by itself. All are compiled and checked side by
-side, then timed one after another, each in alternation with the peers.
+A config is consumers,block_n,stages,pingpong and, if it differs, the MB of keys in a section; "default" is what a call takes.
+All are compiled and checked side by side, then timed one after another, each in alternation with the peers.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def say(**facts: object) -> None:
 
 def work(options: argparse.Namespace) -> None:
     """Checks one config, or a share of the small cases, and times what was asked for."""
-    from contextlib import nullcontext
+    from contextlib import AbstractContextManager, nullcontext
 
     import torch
 
@@ -39,11 +39,15 @@ def work(options: argparse.Namespace) -> None:
     from penstock.bench.timing import measure, ratio
     from penstock.core.cases import Make
     from penstock.core.op import NotSupported
-    from penstock.ops.attention.prefill_hopper import HopperConfig, configure
+    from penstock.ops.attention import prefill_hopper
     from penstock.testing import check_case
 
     config = options.config[0]
-    forced = nullcontext() if config == "default" else configure.forced(HopperConfig(*map(int, config.split(","))))
+    forced: AbstractContextManager[None] = nullcontext()
+    if config != "default":
+        numbers = [int(word) for word in config.split(",")]
+        forced = prefill_hopper.configure.forced(prefill_hopper.HopperConfig(*numbers[:4]))
+        prefill_hopper.SECTION_BYTES = numbers[4] << 20 if len(numbers) > 4 else prefill_hopper.SECTION_BYTES
     device = torch.device("cuda:0")
     with forced, open(options.lock, "w") as lock:
         # Checks go on side by side; whoever times has the GPU alone.

@@ -136,8 +136,8 @@ def _fetch_keys(desc, pieces, bar, stage, source, first, WIDTH: gl.constexpr, FR
 @gluon.jit
 def produce(args, C: gl.constexpr):
     """Deals out the tiles of this program and fetches for them, until there are none."""
-    (descs, buffers, bars, mail, cu_seqlens_q, lengths, table_ptr, table_row, k_pages, v_pages, num_requests, heads, kv_group,
-     left, right) = args  # fmt: skip
+    (descs, buffers, bars, mail, cu_seqlens_q, lengths, table_ptr, table_row, k_pages, v_pages, num_requests, heads, section,
+     kv_group, left, right) = args  # fmt: skip
     q_desc, k_desc, v_desc = descs
     q_buf, q_tail, k_buf, k_tail, v_buf = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
@@ -151,21 +151,29 @@ def produce(args, C: gl.constexpr):
         q_tail_pieces = rows_as_pieces(q_tail, C.q_stages * C.consumers, C)
         k_tail_pieces = _keys_as_pieces(k_tail, C.tail, C)
 
+    section_tiles = tiles.count_tiles(cu_seqlens_q, lengths, num_requests, C) * section
+    section_end = gl.to_tensor(0)
     base = gl.to_tensor(0)
-    level, count = tiles.next_level(cu_seqlens_q, lengths, num_requests, tiles.ABOVE_ALL, C)
+    count = gl.to_tensor(0)
+    level = gl.to_tensor(-1)
     step = gl.to_tensor(0)
     kc = gl.to_tensor(0)
     vc = gl.to_tensor(0)
     running = gl.to_tensor(1)
     while running > 0:
         position = tiles.position_of(step, gl.program_id(0), gl.num_programs(0))
-        pair = position // heads
-        head = position - pair * heads
+        if position >= section_end:
+            section_end = (position // gl.maximum(section_tiles, 1) + 1) * section_tiles
+            base = gl.to_tensor(0)
+            level, count = tiles.next_level(cu_seqlens_q, lengths, num_requests, tiles.ABOVE_ALL, C)
+        within = position - (section_end - section_tiles)
+        pair = within // section
+        head = (section_end // gl.maximum(section_tiles, 1) - 1) * section + within - pair * section
         while (level >= 0) & (pair >= base + count):
             base += count
             level, count = tiles.next_level(cu_seqlens_q, lengths, num_requests, level, C)
         q_stage = step % C.q_stages
-        if level < 0:
+        if (head >= heads) | (section_tiles == 0):
             _emptied(q_empty, step, C.q_stages)
             _post(mail.index(q_stage), -1, 0, 0, 0, 0)
             mbarrier.arrive(q_full.index(q_stage), count=2)

@@ -80,18 +80,18 @@ def scaled(o, factor):
 
 @gluon.jit
 def finish(m, l, score_scale, sink, C: gl.constexpr):
-    """(factor of the accumulator, natural logarithm of the denominator) of each row; 0 and -inf where no key was seen."""
+    """(factor of the accumulator, natural logarithm of the denominator) of each row; 0 and -inf where no key was seen.
+
+    A row has a sink in base 2, or -inf.
+    """
     l_row = gl.convert_layout(gl.sum(l, axis=1), gl.SliceLayout(1, C.scores_layout))
     top = m * score_scale
     dead = m == float("-inf")
-    shrink = gl.where(dead, 0.0, 1.0)
-    if C.has_sinks:
-        highest = gl.maximum(top, sink)
-        shrink = gl.where(dead, 0.0, gl.exp2(top - highest))
-        l_row = l_row * shrink + gl.exp2(sink - highest)
-        top = highest
+    highest = gl.maximum(top, sink)
+    shrink = gl.where(dead, 0.0, gl.exp2(top - highest))
+    l_row = l_row * shrink + gl.exp2(sink - highest)
     l_row = gl.where(dead, 1.0, l_row)
-    lse = gl.where(dead, float("-inf"), (top + gl.log2(l_row)) * LN2)
+    lse = gl.where(dead, float("-inf"), (highest + gl.log2(l_row)) * LN2)
     return shrink / l_row, lse
 
 

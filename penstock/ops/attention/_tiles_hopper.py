@@ -51,8 +51,6 @@ class Tile:
     has_left: bool
     has_right: bool
     has_cap: bool
-    has_sinks: bool
-    has_lse: bool
 
     @property
     def rows(self) -> int:
@@ -174,6 +172,16 @@ def request_at(cu_seqlens_q, lengths, num_requests, level, rank, C: gl.constexpr
         lowest_found += gl.sum(gl.where(match, lowest, 0), axis=0)
         before += gl.sum(here, axis=0)
     return found, lowest_found
+
+
+@gluon.jit
+def count_tiles(cu_seqlens_q, lengths, num_requests, C: gl.constexpr):
+    """Tiles of all requests, for one head."""
+    count = gl.to_tensor(0)
+    for start in range(0, num_requests, REQUESTS):
+        _, lowest, highest = levels_of(cu_seqlens_q, lengths, start, num_requests, C)
+        count += gl.sum(highest - lowest + 1, axis=0)
+    return count
 
 
 @gluon.jit

@@ -36,11 +36,13 @@ from penstock.ops.attention._tiles_hopper import Constants, Tile
 FIRST, SECOND, THIRD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 # Named barriers of the warpgroups' turns; Triton uses those from 0 up, one for each partition and some more.
 TURN = gl.constexpr(8)
+# Keys and values of one section of heads; the H200's L2 holds 60 MB and also serves queries and results.
+SECTION_BYTES = 36 << 20
 # Left for tiles by the barriers; registers a thread is launched with, before the warpgroups share them out again.
 SHARED = H200.shared_memory - 1024
 REGISTERS = {2: 168, 3: 128}
 UNSPECIALIZED = ["table_row", "k_pages", "v_pages", "out_token", "out_head", "out_width", "num_requests", "num_rows"]
-UNSPECIALIZED += ["heads", "kv_group", "left", "right", "cap_scale", "score_scale"]
+UNSPECIALIZED += ["heads", "num_sinks", "has_lse", "section", "kv_group", "left", "right", "cap_scale", "score_scale"]
 
 
 @gluon.jit
@@ -129,8 +131,8 @@ def _store(o, note, o_desc, o_buf, part, consumer: gl.constexpr, C: gl.constexpr
 
 @gluon.jit
 def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
-    (o_desc, lse_ptr, sinks_ptr, out_ptr, cu_seqlens_q, buffers, o_buf, bars, mail, num_requests, num_rows, heads, out_token,
-     out_head, out_width, scalars) = args  # fmt: skip
+    (o_desc, lse_ptr, sinks_ptr, out_ptr, cu_seqlens_q, buffers, o_buf, bars, mail, num_requests, num_rows, heads, num_sinks,
+     has_lse, out_token, out_head, out_width, scalars) = args  # fmt: skip
     left, right, cap_scale, score_scale = scalars
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     v_buf = buffers[4]
@@ -186,9 +188,7 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
         rows = gl.arange(0, C.rows, layout=gl.SliceLayout(1, C.scores_layout))
         token = part_row + rows // C.group
         own_head = head * C.group + rows % C.group
-        sink = gl.zeros([C.rows], gl.float32, layout=gl.SliceLayout(1, C.scores_layout))
-        if C.has_sinks:
-            sink = gl.load(sinks_ptr + own_head).to(gl.float32) * softmax.LOG2E
+        sink = gl.load(sinks_ptr + own_head, own_head < num_sinks, other=float("-inf")).to(gl.float32) * softmax.LOG2E
         factor, lse = softmax.finish(m, l, score_scale, sink, C)
         if C.q_stages == 2:
             # Where queries have two places, the next tile's are there by now.
@@ -204,9 +204,8 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
             _store(softmax.scaled(o, factor), note, o_desc, o_buf, part, consumer, C)
         else:
             _store(softmax.scaled(o, factor), note, o_desc, o_buf, gl.to_tensor(consumer), consumer, C)
-        if C.has_lse:
-            lse_at = (q_end - q_len + token).to(gl.int64) * heads + own_head
-            gl.store(lse_ptr + lse_at, lse, token < q_len)
+        lse_at = (q_end - q_len + token).to(gl.int64) * heads + own_head
+        gl.store(lse_ptr + lse_at, lse, token < q_len * has_lse)
         if C.reuse:
             tma_store_wait(0)
             mbarrier.arrive(q_empty.index(step % C.q_stages), count=1)
@@ -219,12 +218,13 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
         note = following
         step += 1
     if consumer == 0:
-        _clear(out_ptr, lse_ptr, cu_seqlens_q, num_requests, num_rows, heads, out_token, out_head, out_width, C)
+        _clear(out_ptr, lse_ptr, cu_seqlens_q, num_requests, num_rows, heads, has_lse, out_token, out_head, out_width, C)
     tma_store_wait(0)
 
 
 @gluon.jit
-def _clear(out_ptr, lse_ptr, cu_seqlens_q, num_requests, num_rows, heads, out_token, out_head, out_width, C: gl.constexpr):
+def _clear(out_ptr, lse_ptr, cu_seqlens_q, num_requests, num_rows, heads, has_lse, out_token, out_head, out_width,
+           C: gl.constexpr):  # fmt: skip
     """Zero and -inf for the rows after the last request."""
     column = gl.arange(0, C.dv, layout=gl.BlockedLayout([1], [32], [4], [0]))
     zero = gl.zeros([C.dv], out_ptr.dtype.element_ty, layout=gl.BlockedLayout([1], [32], [4], [0]))
@@ -233,8 +233,7 @@ def _clear(out_ptr, lse_ptr, cu_seqlens_q, num_requests, num_rows, heads, out_to
         for head in range(heads):
             at = out_ptr + gl.cast(row, gl.int64) * out_token + head * out_head
             gl.store(at + column, zero, column < out_width)
-            if C.has_lse:
-                gl.store(lse_ptr + gl.cast(row, gl.int64) * heads + head, float("-inf"))
+            gl.store(lse_ptr + gl.cast(row, gl.int64) * heads + head, float("-inf"), has_lse > 0)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -258,6 +257,9 @@ def _prefill_kernel(
     num_requests,
     num_rows,
     heads,
+    num_sinks,
+    has_lse,
+    section,
     kv_group,
     left,
     right,
@@ -299,9 +301,9 @@ def _prefill_kernel(
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     scalars = (left, right, cap_scale, score_scale)
     producing = (descs, buffers, bars, mail, cu_seqlens_q, lengths, table_ptr, table_row, k_pages, v_pages, num_requests,
-                 heads // C.group, kv_group, left, right)  # fmt: skip
+                 heads // C.group, section, kv_group, left, right)  # fmt: skip
     consuming = (o_desc, lse_ptr, sinks_ptr, out_ptr, cu_seqlens_q, buffers, o_buf, bars, mail, num_requests, num_rows, heads,
-                 out_token, out_head, out_width, scalars)  # fmt: skip
+                 num_sinks, has_lse, out_token, out_head, out_width, scalars)  # fmt: skip
     # Tuples that hold constants stay literal here: Triton 3.6 makes run-time values of them where they have a name.
     if C.consumers == 2:
         gl.warp_specialize(
@@ -358,7 +360,7 @@ def shape_of(d: int, dv: int, config: HopperConfig, **others: Any) -> Tile:
     """The kernel's shape: queries have two places where these fit, and results one of their own unless nothing else fits."""
     tail = 64 if d == 192 else 0
     plain: dict[str, Any] = {"kind": "bf16", "group": 1, "span": config.block_n, "page_size": 0}
-    plain.update(dict.fromkeys(("has_left", "has_right", "has_cap", "has_sinks", "has_lse"), False))
+    plain.update(dict.fromkeys(("has_left", "has_right", "has_cap"), False))
     tile = Tile(**asdict(config), d=d - tail, tail=tail, dv=dv, q_stages=2, reuse=False, **{**plain, **others})
     tile = replace(tile, q_stages=1) if tile.shared > SHARED else tile
     return replace(tile, reuse=True) if tile.shared > SHARED and dv <= d - tail else tile
@@ -377,6 +379,11 @@ def packed_heads(group: int, max_seqlen_q: int, rows: int) -> int:
     return packed if together * 1.1 < alone else 1
 
 
+def section_of(key_bytes: int, Hkv: int) -> int:
+    """How many KV heads are worked on together: as many as the L2 holds the keys of; it divides their number."""
+    return max(count for count in range(1, Hkv + 1) if Hkv % count == 0 and (count == 1 or count * key_bytes <= SECTION_BYTES))
+
+
 def launch(
     out: Tensor,
     out_lse: Tensor | None,
@@ -387,6 +394,7 @@ def launch(
     cu_seqlens_q: Tensor,
     lengths: Tensor,
     max_seqlen_q: int,
+    max_seqlen_k: int,
     causal: bool,
     scale: float | None,
     window_left: int,
@@ -415,8 +423,6 @@ def launch(
         has_left=window_left >= 0,
         has_right=right >= 0,
         has_cap=bool(softcap),
-        has_sinks=sinks is not None,
-        has_lse=out_lse is not None,
     )
     num_requests = cu_seqlens_q.shape[0] - 1
     most_tiles = (num_rows // tile.tokens + num_requests) * (Hq // packed)
@@ -442,6 +448,9 @@ def launch(
         num_requests,
         num_rows,
         Hq,
+        0 if sinks is None else Hq,
+        int(out_lse is not None),
+        section_of(max_seqlen_k * num_requests * (D + Dv) * q.element_size(), Hkv) * (Hq // Hkv) // packed,
         Hq // Hkv // packed,
         window_left,
         right,

@@ -155,8 +155,9 @@ def _hopper_supports(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor | 
     return _options.tma_reason(q, k_cache, v_cache, out, k_cache.shape[1])
 
 
+# The spill is at D = 256, as where keys are packed.
 @attention_prefill_paged.impl(
-    "hopper", needs=("wgmma", "tma", "triton"), supports=_hopper_supports, instructions=("HGMMA", "UTMALDG")
+    "hopper", needs=("wgmma", "tma", "triton"), supports=_hopper_supports, instructions=("HGMMA", "UTMALDG"), spill_bytes=32
 )
 def _hopper(
     out: Tensor,
@@ -173,7 +174,10 @@ def _hopper(
 ) -> None:
     from penstock.ops.attention.prefill_hopper import launch
 
-    launch(out, out_lse, q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k, max_seqlen_q, *options)
+    if max_seqlen_k is None:
+        max_seqlen_k = page_table.shape[1] * k_cache.shape[1]
+    tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
+    launch(out, out_lse, *tensors, max_seqlen_q, max_seqlen_k, *options)
 
 
 def _supports(k_cache: Tensor, **others: object) -> str | None:
