@@ -77,8 +77,8 @@ def attention_prefill(
     Returns: out [Tq, Hq, Dv] in q.dtype; with return_lse also lse [Tq, Hq] float32 (float64 for float64 inputs), the natural
         logarithm of the denominator. Where no key is visible, and in padding rows, out is 0 and lse is -inf.
     Raises: ContractError when shapes, dtypes or options disagree; NotSupported when no implementation takes the call.
-    Source: Dao, arXiv:2307.08691 (FlashAttention-2); softcap: Gemma Team, arXiv:2408.00118; sinks: Xiao et al.,
-        arXiv:2309.17453, in the form of gpt-oss.
+    Source: Dao, arXiv:2307.08691 (FlashAttention-2); Shah et al., arXiv:2407.08608 (FlashAttention-3, on Hopper); softcap:
+        Gemma Team, arXiv:2408.00118; sinks: Xiao et al., arXiv:2309.17453, in the form of gpt-oss.
     """
     left, right = _options.split_window(attention_prefill.contract, window)
     options = (max_seqlen_q, max_seqlen_k, causal, scale, left, right, softcap, sinks)

@@ -81,7 +81,8 @@ def attention_prefill_paged(
     Returns: out [Tq, Hq, Dv] in q.dtype; with return_lse also lse [Tq, Hq] float32 (float64 for float64 inputs), the natural
         logarithm of the denominator. Where no key is visible, and in padding rows, out is 0 and lse is -inf.
     Raises: ContractError when shapes, dtypes or options disagree; NotSupported when no implementation takes the call.
-    Source: Dao, arXiv:2307.08691 (FlashAttention-2); Kwon et al., arXiv:2309.06180 (paged KV cache).
+    Source: Dao, arXiv:2307.08691 (FlashAttention-2); Shah et al., arXiv:2407.08608 (FlashAttention-3, on Hopper); Kwon et al.,
+        arXiv:2309.06180 (paged KV cache).
     """
     left, right = _options.split_window(attention_prefill_paged.contract, window)
     options = (max_seqlen_q, max_seqlen_k, causal, scale, left, right, softcap, sinks)
