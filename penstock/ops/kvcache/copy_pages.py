@@ -16,7 +16,7 @@ SPEC = {
 }
 
 
-@op("(Tensor(a!) cache, Tensor pairs) -> ()", SPEC)
+@op("(Tensor(a!) cache, Tensor pairs) -> ()", SPEC, exact=True)
 def copy_pages(cache: Tensor, pairs: Tensor, *, impl: str = "auto") -> None:
     """Duplicates pages of a paged cache, in place: what copy-on-write and forked requests need.
 

@@ -20,7 +20,7 @@ SPEC = {
 }
 
 
-@op("(Tensor(a!) out, Tensor cache, Tensor page_table, Tensor seqlens, Tensor cu_seqlens, int total) -> ()", SPEC)
+@op("(Tensor(a!) out, Tensor cache, Tensor page_table, Tensor seqlens, Tensor cu_seqlens, int total) -> ()", SPEC, exact=True)
 def gather_kv(
     cache: Tensor,
     page_table: Tensor,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from penstock.core.cases import Case, Cost, nbytes
 from penstock.core.check import FLOATS, INDICES, anything
-from penstock.core.formats import FP8_TENSOR, FP8_TOKEN, Format, name_of
+from penstock.core.formats import FORMATS, FP8_TENSOR, FP8_TOKEN, Format, name_of
 from penstock.core.op import NotSupported, op
 from penstock.ops.kvcache.layout import FP8, KVLayout
 from penstock.ops.kvcache.store_kv_cpu import store
@@ -16,8 +16,8 @@ from penstock.ops.kvcache.store_kv_cpu import store
 SPEC = {
     "k": ("T H D", FLOATS),
     "v": ("T H Dv", "k"),
-    "k_cache": ("P S H D", ("k", FP8)),
-    "v_cache": ("P S H Dv", ("k", FP8)),
+    "k_cache": ("P S H D", (*FLOATS, FP8)),
+    "v_cache": ("P S H Dv", (*FLOATS, FP8)),
     "slots": ("T", INDICES),
     "format": anything,
     "k_scale": anything,
@@ -89,7 +89,7 @@ def cache_fault(
     v_scale: Any,
 ) -> tuple[str, str] | None:
     """(argument, what it must be) for the first cache or scale that does not go with the format, or None."""
-    wanted = dtype if format is None else FP8
+    wanted = dtype if format is None else FORMATS[format].dtype
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.dtype is not wanted:
             return name, f"must be {wanted} with format={format}, got {cache.dtype}"
@@ -103,7 +103,12 @@ def cache_fault(
         shown = " or ".join(map(str, shapes[name]))
         if not isinstance(scale, Tensor):
             return name, f"must be a float32 tensor {shown} with format={format}, got {scale}"
-        if scale.dtype is not torch.float32 or [*scale.shape] not in shapes[name] or scale.device != k_cache.device:
+        # The float64 oracle of an operator that stores comes with float64 scales.
+        if (
+            scale.dtype not in (torch.float32, torch.float64)
+            or [*scale.shape] not in shapes[name]
+            or scale.device != k_cache.device
+        ):
             got = f"{scale.dtype}{[*scale.shape]} on {scale.device}"
             return name, f"must be float32 {shown} on {k_cache.device} with format={format}, got {got}"
     return None
@@ -123,15 +128,16 @@ def _reference(
     size, kept = k_cache.shape[1], slots >= 0
     place = slots[kept] // size, slots[kept] % size
     key, value = k[kept], v[kept]
-    if k_scale is not None and v_scale is not None:
-        key, value, scale = key.float(), value.float(), k_scale
+    if format is not None and k_scale is not None and v_scale is not None:
+        wide = torch.promote_types(k.dtype, torch.float32)
+        key, value, scale = key.to(wide), value.to(wide), k_scale
         if format == "FP8_TOKEN":
-            scale = FP8_TOKEN.dynamic_scale(key)
+            scale = FORMATS[format].dynamic_scale(key)
             k_scale[place] = scale
-        key = FP8_TENSOR.encode(key / scale.unsqueeze(-1)).view(torch.uint8)
-        value = FP8_TENSOR.encode(value / v_scale.unsqueeze(-1)).view(torch.uint8)
+        key, value = (FORMATS[format].encode(x / s.unsqueeze(-1)) for x, s in ((key, scale), (value, v_scale)))
+    if k_cache.dtype is FP8:
         # Indexed writes exist for bytes, not for FP8.
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+        key, value, k_cache, v_cache = (x.view(torch.uint8) for x in (key, value, k_cache, v_cache))
     k_cache[place], v_cache[place] = key, value
 
 
