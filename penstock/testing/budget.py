@@ -4,10 +4,10 @@ Both sides come from the operator's own reference: once on the inputs widened to
 An operator whose kernels must round in between (attention's P) declares a `baseline` that rounds in the same places. The
 results of an operator declared exact are judged by their bits.
 
-Codes of 8 bits are judged before they are rounded: the reference runs with formats that keep the scaled values. A code must be
-what some value rounds to that lies within that budget of the float64 value; so it may differ from the reference's only next to a
-boundary of rounding. The error is the largest of the reference on float32 inputs, and where values are rounded to 16 bits on the
-way (a residual sum) that of the value itself besides.
+Codes of 8 bits are judged before they are rounded: the reference runs with formats that keep the scaled values. A code must
+be what some value rounds to that lies within that budget of the float64 value; so it may differ only next to a
+boundary of rounding. The error is the largest of the reference on float32 inputs, and where values are rounded to 16 bits on
+the way (a residual sum) that of the value itself besides.
 """
 
 import contextlib

@@ -29,11 +29,11 @@ class Launch:
 def configure(D: int, page_size: int, transposed: bool) -> Launch:
     """2,048 values a program of four warps: two 16-byte loads a thread in bfloat16, one 16-byte store in FP8.
 
-    Transposed: 32 tokens and eight warps, so that a dimension's slots fill a sector of memory.
+    Transposed: 16 tokens, one 16-byte store for a dimension, and eight warps, because with four a program takes 148 registers.
     """
     block = triton.next_power_of_2(D)
     if transposed:
-        return Launch(min(page_size, 32), block, True)
+        return Launch(min(page_size, 16), block, True)
     return Launch(max(1, min(64, 2048 // block)), block, False)
 
 
@@ -118,7 +118,7 @@ def quantise_rows(
 
 
 @triton.jit
-def _store_rows(
+def store_part(
     block,
     x_ptr,
     cache_ptr,
@@ -142,6 +142,7 @@ def _store_rows(
     BLOCK: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
+    """A program's rows from reading to storing."""
     tokens, heads = locate_rows(block, num_tokens, H, ROWS, TRANSPOSED)
     slot = tl.load(slots_ptr + tokens, tokens < num_tokens, other=-1)
     columns = tl.arange(0, BLOCK)
@@ -194,7 +195,7 @@ def _store_kv_kernel(
 ):
     block = tl.program_id(0)
     if block < k_blocks:
-        _store_rows(
+        store_part(
             block,
             k_ptr,
             k_cache_ptr,
@@ -219,7 +220,7 @@ def _store_kv_kernel(
             K_TRANSPOSED,
         )
     else:
-        _store_rows(
+        store_part(
             block - k_blocks,
             v_ptr,
             v_cache_ptr,
