@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.bench.host import recorded
-from penstock.bench.inputs import Arguments
 from penstock.bench.timing import Call
 from penstock.core.op import Op
+from penstock.testing.budget import Arguments
 
 Peer = Callable[[Arguments], Call | str]
 

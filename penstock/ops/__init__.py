@@ -11,6 +11,7 @@ from penstock.ops.attention.prefill import attention_prefill as attention_prefil
 from penstock.ops.attention.prefill_paged import attention_prefill_paged as attention_prefill_paged
 from penstock.ops.kvcache.copy_pages import copy_pages as copy_pages
 from penstock.ops.kvcache.gather_kv import gather_kv as gather_kv
+from penstock.ops.kvcache.layout import KVLayout as KVLayout
 from penstock.ops.kvcache.store_kv import store_kv as store_kv
 from penstock.ops.matmul.grouped_gemm import grouped_gemm as grouped_gemm
 from penstock.ops.moe.fused_moe import fused_moe as fused_moe
@@ -23,6 +24,7 @@ from penstock.ops.quantization.dequantize import dequantize as dequantize
 from penstock.ops.quantization.hadamard import hadamard as hadamard
 from penstock.ops.quantization.quantize import quantize as quantize
 from penstock.ops.rotary.rope import rope as rope
+from penstock.ops.rotary.rope_norm_store_kv import rope_norm_store_kv as rope_norm_store_kv
 from penstock.ops.rotary.table import rope_table as rope_table
 from penstock.ops.sampling.apply_penalties import apply_penalties as apply_penalties
 from penstock.ops.sampling.log_probs import log_probs as log_probs
