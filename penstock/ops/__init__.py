@@ -29,3 +29,4 @@ from penstock.ops.rotary.table import rope_table as rope_table
 from penstock.ops.sampling.apply_penalties import apply_penalties as apply_penalties
 from penstock.ops.sampling.log_probs import log_probs as log_probs
 from penstock.ops.sampling.sample import sample as sample
+from penstock.ops.sampling.verify_draft import verify_draft as verify_draft
