@@ -23,3 +23,6 @@ from penstock.ops.rotary.table import rope_table as rope_table
 from penstock.ops.sampling.apply_penalties import apply_penalties as apply_penalties
 from penstock.ops.sampling.log_probs import log_probs as log_probs
 from penstock.ops.sampling.sample import sample as sample
+from penstock.ops.recurrent.causal_conv1d import causal_conv1d as causal_conv1d
+from penstock.ops.recurrent.causal_conv1d_update import causal_conv1d_update as causal_conv1d_update
+from penstock.ops.recurrent.ssd_prefill import ssd_prefill as ssd_prefill
