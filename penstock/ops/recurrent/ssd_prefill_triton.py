@@ -17,6 +17,8 @@ from penstock.core.device import num_sms
 from penstock.core.tuning import tuned
 from penstock.ops.recurrent._segments_triton import LOG2E, REQUESTS, find_request, locate, silu, softplus
 
+# A head wider than this is cut in two: its state would not fit in the registers of a program.
+WIDEST = 64
 # Programs that clear the rows after the last request.
 CLEARING = 8
 # The prologue of the second kernel adds the states of all segments before its own.
@@ -35,12 +37,16 @@ class Launch:
 
 
 def candidates(itemsize: int, P: int, N: int, pairs: bool) -> Iterator[Launch]:
-    """One or two heads, chunks of 64 or 128."""
+    """One or two heads; fewer stages let more programs share a multiprocessor."""
     if itemsize == 4:
         return
-    for chunk, num_warps, num_stages, resident in ((64, 4, 1, 3), (64, 4, 2, 2), (64, 8, 2, 1), (128, 8, 1, 1), (128, 8, 2, 1)):
-        for heads in (1, 2) if pairs and P <= 64 and N <= 128 else (1,):
-            yield Launch(chunk, heads, num_warps, num_stages, resident)
+    if N > 128:
+        yield from (Launch(64, 1, 8, stages, 1) for stages in (1, 2))
+        return
+    for num_stages, resident in ((1, 2), (2, 2), (3, 1)):
+        yield Launch(64, 1, 4, num_stages, resident)
+    if pairs:
+        yield from (Launch(64, 2, 8, stages, 1) for stages in (1, 2))
 
 
 @tuned(candidates)
@@ -49,15 +55,15 @@ def configure(itemsize: int, P: int, N: int, pairs: bool) -> Launch:
 
     Args:
         itemsize: bytes of a value.
-        P, N: rounded up to powers of two.
+        P, N: of a program, rounded up to powers of two.
         pairs: whether two neighbouring heads always share a group.
     """
     if itemsize == 4:
         # Products run on the CUDA cores, which hold whole operands in registers.
         return Launch(16, 1, 8, 1, 1)
-    if P > 64 or N > 128:
-        return Launch(64, 1, 8, 1, 1)
-    return Launch(64, 2 if pairs else 1, 4, 1, 2)
+    if N > 128:
+        return Launch(64, 1, 8, 2, 1)
+    return Launch(64, 1, 4, 2, 2)
 
 
 def segment_length(total: int, requests: int, programs: int, slots: int, chunk: int) -> int:
@@ -73,18 +79,28 @@ def segment_length(total: int, requests: int, programs: int, slots: int, chunk: 
 
 
 @triton.jit
+def _part(ptr, head, stride, P: tl.constexpr, SPLIT: tl.constexpr):
+    """Where a head begins, or one of the SPLIT parts that a wide head is cut into."""
+    return ptr + (head // SPLIT) * stride + (head % SPLIT) * P
+
+
+@triton.jit
 def _raw(dt_ptr, dt_row, head, rows, end):
     return tl.load(dt_ptr + rows.to(tl.int64) * dt_row + head, rows < end, other=0.0)
 
 
 @triton.jit
-def _steps(raw, bias, rows, end, dt_min, dt_max, SOFTPLUS: tl.constexpr):
-    """The steps of a chunk in float32; tokens past the end have none."""
+def _steps(raw, a, bias, left, dt_min, dt_max, SOFTPLUS: tl.constexpr):
+    """(running decay in powers of two, step, decay of the chunk) of a chunk; tokens past the `left` that are there have no step."""
     step = raw.to(tl.float32) + bias
     if SOFTPLUS:
         step = softplus(step)
     step = tl.minimum(tl.maximum(step, dt_min), dt_max)
-    return tl.where(rows < end, step, 0.0)
+    step = tl.where(tl.arange(0, raw.shape[0]) < left, step, 0.0)
+    # A sum of one term: the compiler computes what it can again in every layout in which it is needed, all the way from the
+    # load, but not through a reduction. Without it the copies took the registers of the state.
+    step = tl.sum(step[:, None], 1)
+    return tl.cumsum(step * a, 0), step, tl.sum(step * a, 0)
 
 
 @triton.jit
@@ -96,10 +112,14 @@ def _scalar(ptr, head, HAS: tl.constexpr):
 
 
 @triton.jit
-def _tile(base, rows, row_stride, columns, count, end):
-    """Rows × columns of a tensor whose last dimension is dense; zeros outside."""
-    at = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
-    return tl.load(base + at, (rows < end)[:, None] & (columns < count)[None, :], other=0.0)
+def _tile(base, at, end, row_stride, order, columns, COUNT: tl.constexpr):
+    """Rows at … at + len(order) - 1, below end, of a tensor whose last dimension is dense; zeros outside."""
+    # One 64-bit product for the tile: products for each row would take registers that the state needs.
+    inner = order[:, None] * row_stride + columns[None, :]
+    mask = (order < end - at)[:, None]
+    if columns.shape[0] != COUNT:
+        mask = mask & (columns < COUNT)[None, :]
+    return tl.load(base + (at + tl.zeros((), tl.int64)) * row_stride + inner, mask, other=0.0)
 
 
 @triton.jit
@@ -145,6 +165,7 @@ def _segment_states_kernel(
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     PER_GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
     HEADS: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -168,35 +189,38 @@ def _segment_states_kernel(
     p = tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     order = tl.arange(0, CHUNK)
-    x_base = x_ptr + head * x_head
+    x_base = _part(x_ptr, head, x_head, P, SPLIT)
     b_base = B_ptr + head // PER_GROUP * B_group
-    a0 = tl.load(A_ptr + head).to(tl.float32) * LOG2E
-    bias0 = _scalar(bias_ptr, head, HAS_BIAS)
+    own0 = head // SPLIT
+    a0 = tl.load(A_ptr + own0).to(tl.float32) * LOG2E
+    bias0 = _scalar(bias_ptr, own0, HAS_BIAS)
     h0 = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     sum0 = 0.0
-    raw0 = _raw(dt_ptr, dt_row, head, first + order, end)
+    raw0 = _raw(dt_ptr, dt_row, own0, first + order, end)
+    next0 = _tile(x_base, first, end, x_row, order, p, P)
     if HEADS == 2:
-        a1 = tl.load(A_ptr + head + 1).to(tl.float32) * LOG2E
-        bias1 = _scalar(bias_ptr, head + 1, HAS_BIAS)
+        own1 = (head + 1) // SPLIT
+        x_next = _part(x_ptr, head + 1, x_head, P, SPLIT)
+        a1 = tl.load(A_ptr + own1).to(tl.float32) * LOG2E
+        bias1 = _scalar(bias_ptr, own1, HAS_BIAS)
         h1 = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
         sum1 = 0.0
-        raw1 = _raw(dt_ptr, dt_row, head + 1, first + order, end)
+        raw1 = _raw(dt_ptr, dt_row, own1, first + order, end)
+        next1 = _tile(x_next, first, end, x_row, order, p, P)
     for at in tl.range(first, end, CHUNK, num_stages=STAGES):
         rows = at + order
-        b = _tile(b_base, rows, B_row, n, N, end)
-        x0 = _tile(x_base, rows, x_row, p, P, end)
-        step0 = _steps(raw0, bias0, rows, end, dt_min, dt_max, SOFTPLUS)
-        raw0 = _raw(dt_ptr, dt_row, head, rows + CHUNK, end)
-        total0 = tl.cumsum(step0 * a0, 0)
-        left0 = tl.sum(step0 * a0, 0)
+        b = _tile(b_base, at, end, B_row, order, n, N)
+        x0 = next0
+        next0 = _tile(x_base, at + CHUNK, end, x_row, order, p, P)
+        total0, step0, left0 = _steps(raw0, a0, bias0, end - at, dt_min, dt_max, SOFTPLUS)
+        raw0 = _raw(dt_ptr, dt_row, own0, rows + CHUNK, end)
         h0 = _take_in(h0, x0, b, step0, total0, left0, PRECISION)
         sum0 += left0
         if HEADS == 2:
-            x1 = _tile(x_base + x_head, rows, x_row, p, P, end)
-            step1 = _steps(raw1, bias1, rows, end, dt_min, dt_max, SOFTPLUS)
-            raw1 = _raw(dt_ptr, dt_row, head + 1, rows + CHUNK, end)
-            total1 = tl.cumsum(step1 * a1, 0)
-            left1 = tl.sum(step1 * a1, 0)
+            x1 = next1
+            next1 = _tile(x_next, at + CHUNK, end, x_row, order, p, P)
+            total1, step1, left1 = _steps(raw1, a1, bias1, end - at, dt_min, dt_max, SOFTPLUS)
+            raw1 = _raw(dt_ptr, dt_row, own1, rows + CHUNK, end)
             h1 = _take_in(h1, x1, b, step1, total1, left1, PRECISION)
             sum1 += left1
     slot = place.to(tl.int64) * H + head
@@ -229,14 +253,17 @@ def _entering(initial_ptr, work_ptr, decay_ptr, own, place, segment, H, cell, in
 
 
 @triton.jit
-def _put(out_base, x_base, z_base, y, x, d, rows, out_row, x_row, z_row, columns, count, end, HAS_D: tl.constexpr, HAS_Z: tl.constexpr):
+def _put(out_base, z_base, y, x, d, at, end, out_row, z_row, order, p, P: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr):
     """Stores y with the skip connection and the gate."""
     if HAS_D:
         y += d * x.to(tl.float32)
     if HAS_Z:
-        y *= silu(_tile(z_base, rows, z_row, columns, count, end).to(tl.float32))
-    at = rows.to(tl.int64)[:, None] * out_row + columns[None, :]
-    tl.store(out_base + at, y.to(x.dtype), (rows < end)[:, None] & (columns < count)[None, :])
+        y *= silu(_tile(z_base, at, end, z_row, order, p, P).to(tl.float32))
+    mask = (order < end - at)[:, None]
+    if p.shape[0] != P:
+        mask = mask & (p < P)[None, :]
+    inner = order[:, None] * out_row + p[None, :]
+    tl.store(out_base + (at + tl.zeros((), tl.int64)) * out_row + inner, y.to(x.dtype), mask)
 
 
 @triton.jit
@@ -279,6 +306,7 @@ def _ssd_kernel(
     HAS_INITIAL: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     PER_GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
     HEADS: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -295,7 +323,7 @@ def _ssd_kernel(
     p = tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     order = tl.arange(0, CHUNK)
-    out_base = out_ptr + head * out_head
+    out_base = _part(out_ptr, head, out_head, P, SPLIT)
     if place >= num_places:
         owned = tl.load(cu_ptr + num_requests)
         nothing = tl.zeros((CHUNK, BLOCK_P), tl.float32).to(out_ptr.dtype.element_ty)
@@ -305,52 +333,53 @@ def _ssd_kernel(
             mask = (rows < total_rows)[:, None] & (p < P)[None, :]
             tl.store(out_base + at, nothing, mask)
             if HEADS == 2:
-                tl.store(out_base + out_head + at, nothing, mask)
+                tl.store(_part(out_ptr, head + 1, out_head, P, SPLIT) + at, nothing, mask)
         return
     request, segment, first, end, stop = locate(cu_ptr, num_requests, place, SEGMENT, BLOCK_B)
     if segment > 0 and first >= stop:
         return
-    x_base = x_ptr + head * x_head
-    z_base = z_ptr + head * z_head
+    x_base, z_base = _part(x_ptr, head, x_head, P, SPLIT), _part(z_ptr, head, z_head, P, SPLIT)
+    own0 = head // SPLIT
     b_base = B_ptr + head // PER_GROUP * B_group
     c_base = C_ptr + head // PER_GROUP * C_group
     cell = p[:, None] * N + n[None, :]
     inside = (p < P)[:, None] & (n < N)[None, :]
     own = request.to(tl.int64) * H + head
     work = (tl.load(cu_ptr + request) // SEGMENT).to(tl.int64) * H + head
-    a0 = tl.load(A_ptr + head).to(tl.float32) * LOG2E
-    bias0, d0 = _scalar(bias_ptr, head, HAS_BIAS), _scalar(D_ptr, head, HAS_D)
+    a0 = tl.load(A_ptr + own0).to(tl.float32) * LOG2E
+    bias0, d0 = _scalar(bias_ptr, own0, HAS_BIAS), _scalar(D_ptr, own0, HAS_D)
     h0 = _entering(initial_ptr, work_ptr, decay_ptr, own, work, segment, H, cell, inside, P * N, HAS_INITIAL)
-    raw0 = _raw(dt_ptr, dt_row, head, first + order, end)
+    raw0 = _raw(dt_ptr, dt_row, own0, first + order, end)
+    next0 = _tile(x_base, first, end, x_row, order, p, P)
     if HEADS == 2:
-        a1 = tl.load(A_ptr + head + 1).to(tl.float32) * LOG2E
-        bias1, d1 = _scalar(bias_ptr, head + 1, HAS_BIAS), _scalar(D_ptr, head + 1, HAS_D)
+        own1 = (head + 1) // SPLIT
+        x_next = _part(x_ptr, head + 1, x_head, P, SPLIT)
+        z_next, out_next = _part(z_ptr, head + 1, z_head, P, SPLIT), _part(out_ptr, head + 1, out_head, P, SPLIT)
+        a1 = tl.load(A_ptr + own1).to(tl.float32) * LOG2E
+        bias1, d1 = _scalar(bias_ptr, own1, HAS_BIAS), _scalar(D_ptr, own1, HAS_D)
         h1 = _entering(initial_ptr, work_ptr, decay_ptr, own + 1, work + 1, segment, H, cell, inside, P * N, HAS_INITIAL)
-        raw1 = _raw(dt_ptr, dt_row, head + 1, first + order, end)
+        raw1 = _raw(dt_ptr, dt_row, own1, first + order, end)
+        next1 = _tile(x_next, first, end, x_row, order, p, P)
     for at in tl.range(first, end, CHUNK, num_stages=STAGES):
         rows = at + order
-        b = _tile(b_base, rows, B_row, n, N, end)
-        c = _tile(c_base, rows, C_row, n, N, end)
+        b = _tile(b_base, at, end, B_row, order, n, N)
+        c = _tile(c_base, at, end, C_row, order, n, N)
         scores = tl.dot(c, tl.trans(b), input_precision=PRECISION)
-        x0 = _tile(x_base, rows, x_row, p, P, end)
-        step0 = _steps(raw0, bias0, rows, end, dt_min, dt_max, SOFTPLUS)
-        raw0 = _raw(dt_ptr, dt_row, head, rows + CHUNK, end)
-        total0 = tl.cumsum(step0 * a0, 0)
-        left0 = tl.sum(step0 * a0, 0)
+        x0 = next0
+        next0 = _tile(x_base, at + CHUNK, end, x_row, order, p, P)
+        total0, step0, left0 = _steps(raw0, a0, bias0, end - at, dt_min, dt_max, SOFTPLUS)
+        raw0 = _raw(dt_ptr, dt_row, own0, rows + CHUNK, end)
         y0 = _give_out(h0, scores, c, x0, step0, total0, PRECISION)
         h0 = _take_in(h0, x0, b, step0, total0, left0, PRECISION)
-        _put(out_base, x_base, z_base, y0, x0, d0, rows, out_row, x_row, z_row, p, P, end, HAS_D, HAS_Z)
+        _put(out_base, z_base, y0, x0, d0, at, end, out_row, z_row, order, p, P, HAS_D, HAS_Z)
         if HEADS == 2:
-            x1 = _tile(x_base + x_head, rows, x_row, p, P, end)
-            step1 = _steps(raw1, bias1, rows, end, dt_min, dt_max, SOFTPLUS)
-            raw1 = _raw(dt_ptr, dt_row, head + 1, rows + CHUNK, end)
-            total1 = tl.cumsum(step1 * a1, 0)
-            left1 = tl.sum(step1 * a1, 0)
+            x1 = next1
+            next1 = _tile(x_next, at + CHUNK, end, x_row, order, p, P)
+            total1, step1, left1 = _steps(raw1, a1, bias1, end - at, dt_min, dt_max, SOFTPLUS)
+            raw1 = _raw(dt_ptr, dt_row, own1, rows + CHUNK, end)
             y1 = _give_out(h1, scores, c, x1, step1, total1, PRECISION)
             h1 = _take_in(h1, x1, b, step1, total1, left1, PRECISION)
-            _put(
-                out_base + out_head, x_base, z_base + z_head, y1, x1, d1, rows, out_row, x_row, z_row, p, P, end, HAS_D, HAS_Z
-            )
+            _put(out_next, z_next, y1, x1, d1, at, end, out_row, z_row, order, p, P, HAS_D, HAS_Z)
     if end == stop:
         dtype = final_ptr.dtype.element_ty
         tl.store(final_ptr + own * (P * N) + cell, h0.to(dtype), inside)
@@ -376,7 +405,10 @@ def launch(
     dt_max: float,
 ) -> None:
     """Launches both kernels; grids depend on shapes alone, what has nothing to do returns at once."""
-    T, H, P = x.shape
+    T = x.shape[0]
+    # A head wider than 64 is cut in two, each part a head of its own to the kernels.
+    split = 2 if x.shape[2] > WIDEST else 1
+    H, P = x.shape[1] * split, x.shape[2] // split
     G, N = B.shape[1:]
     requests = len(cu_seqlens) - 1
     if H == 0 or (T == 0 and requests == 0):
@@ -393,6 +425,7 @@ def launch(
         "HAS_BIAS": dt_bias is not None,
         "SOFTPLUS": dt_softplus,
         "PER_GROUP": H // G,
+        "SPLIT": split,
         "HEADS": config.heads,
         "P": P,
         "N": N,
