@@ -1,6 +1,6 @@
-"""Requests cut into segments of at most LENGTH tokens, one program each, with no host read of cu_seqlens.
+"""Requests cut into segments of at most `length` tokens, one program each, with no host read of cu_seqlens.
 
-Request b has the places from cu_seqlens[b] // LENGTH + b on: enough for its segments wherever it starts, so that T // LENGTH + B
+Request b has the places from cu_seqlens[b] // length + b on: enough for its segments wherever it starts, so that T // length + B
 places serve any lengths. Places that are left over are idle.
 """
 
@@ -8,29 +8,29 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-REQUESTS = 1024  # looked at in one step of the search
+REQUESTS = tl.constexpr(256)  # looked at in one step of the search
 
 
 @triton.jit
-def find_request(cu_ptr, num_requests, place, LENGTH: tl.constexpr, EXTRA: tl.constexpr, BLOCK: tl.constexpr):
+def find_request(cu_ptr, num_requests, place, length, EXTRA: tl.constexpr):
     """The last request whose places begin at or before `place`; EXTRA = 1 counts one place more for each request before it."""
     found = 0
-    for base in range(0, num_requests, BLOCK):
-        at = base + tl.arange(0, BLOCK)
-        first = tl.load(cu_ptr + at, at < num_requests, other=0) // LENGTH + at * EXTRA
+    for base in range(0, num_requests, REQUESTS):
+        at = base + tl.arange(0, REQUESTS)
+        first = tl.load(cu_ptr + at, at < num_requests, other=0) // length + at * EXTRA
         found += tl.sum(((at < num_requests) & (first <= place)).to(tl.int32))
     return tl.maximum(found - 1, 0)
 
 
 @triton.jit
-def locate(cu_ptr, num_requests, place, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+def locate(cu_ptr, num_requests, place, length):
     """(request, number of the segment in it, first token, end, end of the request); idle places have segment > 0 and no token."""
-    request = find_request(cu_ptr, num_requests, place, LENGTH, 1, BLOCK)
+    request = find_request(cu_ptr, num_requests, place, length, 1)
     begin = tl.load(cu_ptr + request)
     stop = tl.load(cu_ptr + request + 1)
-    segment = place - (begin // LENGTH + request)
-    first = begin + segment * LENGTH
-    return request, segment, first, tl.minimum(first + LENGTH, stop), stop
+    segment = place - (begin // length + request)
+    first = begin + segment * length
+    return request, segment, first, tl.minimum(first + length, stop), stop
 
 
 @triton.jit

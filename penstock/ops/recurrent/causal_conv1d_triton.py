@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.ops.recurrent._segments_triton import REQUESTS, locate, silu
+from penstock.ops.recurrent._segments_triton import locate, silu
 
 # Programs that clear the rows after the last request.
 CLEARING = 4
@@ -29,7 +29,7 @@ def configure(total: int, requests: int) -> Launch:
     return Launch() if total >= 24 * requests else Launch(tokens=8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "num_requests", "num_places"])
 def _conv_kernel(
     out_ptr,
     x_ptr,
@@ -58,7 +58,6 @@ def _conv_kernel(
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     CLEAR: tl.constexpr,
-    BLOCK_B: tl.constexpr,
 ):
     columns = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = columns < channels
@@ -72,7 +71,7 @@ def _conv_kernel(
             at = rows.to(tl.int64)[:, None] * out_row + columns[None, :]
             tl.store(out_ptr + at, zeros.to(out_ptr.dtype.element_ty), (rows < total)[:, None] & inside[None, :])
         return
-    request, segment, first, end, stop = locate(cu_ptr, num_requests, place, TOKENS, BLOCK_B)
+    request, segment, first, end, stop = locate(cu_ptr, num_requests, place, TOKENS)
     if segment > 0 and first >= stop:
         return
     slot = request
@@ -106,20 +105,20 @@ def _conv_kernel(
     tl.store(out_at, value.to(out_ptr.dtype.element_ty), mask)
     if HAS_STATE and TAPS > 1:
         if segment == 0:
-            step = tl.arange(0, TAPS_PADDED)
-            source = stop - (TAPS - 1) + step
-            live = (step < TAPS - 1)[:, None] & inside[None, :]
+            keep = tl.arange(0, TAPS_PADDED)
+            origin = stop - (TAPS - 1) + keep
+            live = (keep < TAPS - 1)[:, None] & inside[None, :]
             kept = tl.load(
-                x_ptr + source.to(tl.int64)[:, None] * x_row + columns[None, :], live & (source >= begin)[:, None], other=0.0
+                x_ptr + origin.to(tl.int64)[:, None] * x_row + columns[None, :], live & (origin >= begin)[:, None], other=0.0
             ).to(tl.float32)
             # A request shorter than the taps keeps some of its old state.
-            older = source - begin + (TAPS - 1)
+            older = origin - begin + (TAPS - 1)
             kept += tl.load(
-                state_rows[None, :] + older[:, None] * state_step, live & (source < begin)[:, None], other=0.0
+                state_rows[None, :] + older[:, None] * state_step, live & (origin < begin)[:, None], other=0.0
             ).to(tl.float32)
             # Other threads of this program still read what this one overwrites.
             tl.debug_barrier()
-            tl.store(state_rows[None, :] + step[:, None] * state_step, kept.to(state_ptr.dtype.element_ty), live)
+            tl.store(state_rows[None, :] + keep[:, None] * state_step, kept.to(state_ptr.dtype.element_ty), live)
 
 
 def launch(
@@ -164,6 +163,5 @@ def launch(
         TOKENS=config.tokens,
         CHANNELS=config.channels,
         CLEAR=CLEARING,
-        BLOCK_B=min(triton.next_power_of_2(max(requests, 1)), REQUESTS),
         num_warps=config.num_warps,
     )

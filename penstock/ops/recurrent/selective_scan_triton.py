@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.core.device import num_sms
-from penstock.ops.recurrent._segments_triton import LOG2E, REQUESTS, find_request, locate, silu, softplus
+from penstock.ops.recurrent._segments_triton import LOG2E, find_request, locate, silu, softplus
 
 # Programs that clear the rows after the last request.
 CLEARING = 8
@@ -40,7 +40,7 @@ def _row(base, t, end, row_stride, columns, count):
     return tl.load(base + at, (columns < count) & (t < end), other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_rows", "num_requests", "num_places", "segment_tokens"])
 def _scan_kernel(
     out_ptr,
     final_ptr,
@@ -58,6 +58,7 @@ def _scan_kernel(
     cu_ptr,
     total_rows,
     num_requests,
+    segment_tokens,
     num_places,
     channels,
     per_group,
@@ -70,7 +71,6 @@ def _scan_kernel(
     B_group,
     C_row,
     C_group,
-    SEGMENT: tl.constexpr,
     SUMMARY: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -81,7 +81,6 @@ def _scan_kernel(
     BLOCK_N: tl.constexpr,
     CHANNELS: tl.constexpr,
     CLEAR: tl.constexpr,
-    BLOCK_B: tl.constexpr,
 ):
     """SUMMARY: the first kernel. A block of channels never spans two groups."""
     group = tl.program_id(2)
@@ -92,12 +91,12 @@ def _scan_kernel(
     place = tl.program_id(1)
     n = tl.arange(0, BLOCK_N)
     if SUMMARY:
-        request = find_request(cu_ptr, num_requests, place, SEGMENT, 0, BLOCK_B)
+        request = find_request(cu_ptr, num_requests, place, segment_tokens, 0)
         begin = tl.load(cu_ptr + request)
         stop = tl.load(cu_ptr + request + 1)
-        segment = place - begin // SEGMENT
-        first = begin + segment * SEGMENT
-        end = first + SEGMENT
+        segment = place - begin // segment_tokens
+        first = begin + segment * segment_tokens
+        end = first + segment_tokens
         if end >= stop:
             return
     else:
@@ -107,7 +106,7 @@ def _scan_kernel(
             for row in range(owned + place - num_places, total_rows, CLEAR):
                 tl.store(out_ptr + (row + tl.zeros((), tl.int64)) * out_row + columns, nothing, inside)
             return
-        request, segment, first, end, stop = locate(cu_ptr, num_requests, place, SEGMENT, BLOCK_B)
+        request, segment, first, end, stop = locate(cu_ptr, num_requests, place, segment_tokens)
         if segment > 0 and first >= stop:
             return
     cell = columns[:, None] * N + n[None, :]
@@ -118,7 +117,7 @@ def _scan_kernel(
     if not SUMMARY:
         if HAS_INITIAL:
             h = tl.load(initial_ptr + own + cell, live, other=0.0).to(tl.float32)
-        work = (tl.load(cu_ptr + request) // SEGMENT).to(tl.int64) * channels
+        work = (tl.load(cu_ptr + request) // segment_tokens).to(tl.int64) * channels
         for earlier in range(0, segment):
             slot = work + earlier * channels
             past = tl.load(steps_ptr + slot + columns, inside, other=0.0)
@@ -216,6 +215,7 @@ def launch(
             cu_seqlens,
             T,
             requests,
+            segment,
             places,
             channels,
             channels // G,
@@ -226,7 +226,6 @@ def launch(
             A.stride(0),
             *B.stride()[:2],
             *C.stride()[:2],
-            SEGMENT=segment,
             SUMMARY=summary,
             HAS_D=D is not None,
             HAS_Z=z is not None,
@@ -237,6 +236,5 @@ def launch(
             BLOCK_N=triton.next_power_of_2(N),
             CHANNELS=config.channels,
             CLEAR=CLEARING,
-            BLOCK_B=min(triton.next_power_of_2(max(requests, 1)), REQUESTS),
             num_warps=1,
         )

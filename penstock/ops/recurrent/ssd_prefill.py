@@ -183,7 +183,8 @@ def _unfit(x: Tensor, B: Tensor, C: Tensor, **others: object) -> str | None:
     return None
 
 
-@ssd_prefill.impl("triton", needs=("triton",), supports=_unfit, instructions=("HGMMA",))
+# What is spilled is kept for the whole walk and read back in it: 21 loads among some thousand instructions of a chunk.
+@ssd_prefill.impl("triton", needs=("triton",), supports=_unfit, instructions=("HGMMA",), spill_bytes=400)
 def _triton(
     out: Tensor,
     out_states: Tensor,

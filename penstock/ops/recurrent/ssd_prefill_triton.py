@@ -15,7 +15,7 @@ from torch import Tensor
 
 from penstock.core.device import num_sms
 from penstock.core.tuning import tuned
-from penstock.ops.recurrent._segments_triton import LOG2E, REQUESTS, find_request, locate, silu, softplus
+from penstock.ops.recurrent._segments_triton import LOG2E, find_request, locate, silu, softplus
 
 # A head wider than this is cut in two: its state would not fit in the registers of a program.
 WIDEST = 64
@@ -142,7 +142,7 @@ def _give_out(h, scores, c, x, step, total, PRECISION: tl.constexpr):
     return tl.dot(weights, x, outer, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests", "segment_tokens"])
 def _segment_states_kernel(
     work_ptr,
     decay_ptr,
@@ -153,6 +153,7 @@ def _segment_states_kernel(
     bias_ptr,
     cu_ptr,
     num_requests,
+    segment_tokens,
     H,
     x_row,
     x_head,
@@ -161,7 +162,6 @@ def _segment_states_kernel(
     B_group,
     dt_min,
     dt_max,
-    SEGMENT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     PER_GROUP: tl.constexpr,
@@ -172,18 +172,17 @@ def _segment_states_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK_B: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     head = tl.program_id(0) * HEADS
     place = tl.program_id(1)
-    # The segments that are followed by another are numbered without gaps: request b's begin at cu_seqlens[b] // SEGMENT.
-    request = find_request(cu_ptr, num_requests, place, SEGMENT, 0, BLOCK_B)
+    # The segments that are followed by another are numbered without gaps: request b's begin at cu_seqlens[b] // segment_tokens.
+    request = find_request(cu_ptr, num_requests, place, segment_tokens, 0)
     begin = tl.load(cu_ptr + request)
     stop = tl.load(cu_ptr + request + 1)
-    first = begin + (place - begin // SEGMENT) * SEGMENT
-    end = first + SEGMENT
+    first = begin + (place - begin // segment_tokens) * segment_tokens
+    end = first + segment_tokens
     if end >= stop:
         return
     p = tl.arange(0, BLOCK_P)
@@ -266,7 +265,7 @@ def _put(out_base, z_base, y, x, d, at, end, out_row, z_row, order, p, P: tl.con
     tl.store(out_base + (at + tl.zeros((), tl.int64)) * out_row + inner, y.to(x.dtype), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_rows", "num_requests", "num_places", "segment_tokens"])
 def _ssd_kernel(
     out_ptr,
     final_ptr,
@@ -284,6 +283,7 @@ def _ssd_kernel(
     cu_ptr,
     total_rows,
     num_requests,
+    segment_tokens,
     num_places,
     H,
     out_row,
@@ -299,7 +299,6 @@ def _ssd_kernel(
     C_group,
     dt_min,
     dt_max,
-    SEGMENT: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -314,7 +313,6 @@ def _ssd_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
     CLEAR: tl.constexpr,
-    BLOCK_B: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -335,7 +333,7 @@ def _ssd_kernel(
             if HEADS == 2:
                 tl.store(_part(out_ptr, head + 1, out_head, P, SPLIT) + at, nothing, mask)
         return
-    request, segment, first, end, stop = locate(cu_ptr, num_requests, place, SEGMENT, BLOCK_B)
+    request, segment, first, end, stop = locate(cu_ptr, num_requests, place, segment_tokens)
     if segment > 0 and first >= stop:
         return
     x_base, z_base = _part(x_ptr, head, x_head, P, SPLIT), _part(z_ptr, head, z_head, P, SPLIT)
@@ -345,7 +343,7 @@ def _ssd_kernel(
     cell = p[:, None] * N + n[None, :]
     inside = (p < P)[:, None] & (n < N)[None, :]
     own = request.to(tl.int64) * H + head
-    work = (tl.load(cu_ptr + request) // SEGMENT).to(tl.int64) * H + head
+    work = (tl.load(cu_ptr + request) // segment_tokens).to(tl.int64) * H + head
     a0 = tl.load(A_ptr + own0).to(tl.float32) * LOG2E
     bias0, d0 = _scalar(bias_ptr, own0, HAS_BIAS), _scalar(D_ptr, own0, HAS_D)
     h0 = _entering(initial_ptr, work_ptr, decay_ptr, own, work, segment, H, cell, inside, P * N, HAS_INITIAL)
@@ -421,7 +419,6 @@ def launch(
     work = torch.empty((before, H, P, N), dtype=torch.float32, device=x.device)
     decay = torch.empty((before, H), dtype=torch.float32, device=x.device)
     shared = {
-        "SEGMENT": segment,
         "HAS_BIAS": dt_bias is not None,
         "SOFTPLUS": dt_softplus,
         "PER_GROUP": H // G,
@@ -432,7 +429,6 @@ def launch(
         "BLOCK_P": block_p,
         "BLOCK_N": block_n,
         "CHUNK": config.chunk,
-        "BLOCK_B": min(triton.next_power_of_2(max(requests, 1)), REQUESTS),
         "STAGES": config.num_stages,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         "num_warps": config.num_warps,
@@ -449,6 +445,7 @@ def launch(
             bias,
             cu_seqlens,
             requests,
+            segment,
             H,
             x.stride(0),
             x.stride(1),
@@ -476,6 +473,7 @@ def launch(
         cu_seqlens,
         T,
         requests,
+        segment,
         places,
         H,
         *out.stride()[:2],
