@@ -23,6 +23,11 @@ from penstock.ops.norm.rms_norm_quant import rms_norm_quant as rms_norm_quant
 from penstock.ops.quantization.dequantize import dequantize as dequantize
 from penstock.ops.quantization.hadamard import hadamard as hadamard
 from penstock.ops.quantization.quantize import quantize as quantize
+from penstock.ops.recurrent.causal_conv1d import causal_conv1d as causal_conv1d
+from penstock.ops.recurrent.causal_conv1d_update import causal_conv1d_update as causal_conv1d_update
+from penstock.ops.recurrent.selective_scan import selective_scan as selective_scan
+from penstock.ops.recurrent.ssd_prefill import ssd_prefill as ssd_prefill
+from penstock.ops.recurrent.ssm_state_update import ssm_state_update as ssm_state_update
 from penstock.ops.rotary.rope import rope as rope
 from penstock.ops.rotary.rope_norm_store_kv import rope_norm_store_kv as rope_norm_store_kv
 from penstock.ops.rotary.table import rope_table as rope_table
