@@ -52,3 +52,18 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What an engine has done since it was made, and how things are now."""
+
+    prompt_tokens: int = 0  # of the requests that were admitted, each counted once
+    prefix_hit_tokens: int = 0  # of these, how many were found in the cache and not computed
+    output_tokens: int = 0
+    preemptions: int = 0
+    running: int = 0  # requests now
+    waiting: int = 0
+    pages: int = 0  # of the KV cache
+    held_pages: int = 0  # by requests, now
+    cached_pages: int = 0  # held by none, their content can be found
