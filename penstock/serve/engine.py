@@ -146,7 +146,7 @@ class _Completion:
         return entries
 
     def _token_text(self, token_id: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
 
 class _Group:
