@@ -140,7 +140,7 @@ def main() -> int:
         "wrong": clients.wrong,
         "tokens": metric(text, "penstock_generation_tokens_total"),
         "preemptions": metric(text, "penstock_num_preemptions_total"),
-        "pages_held_at_the_end": metric(text, "penstock_kv_cache_pages_held"),
+        "share_of_pages_held_at_the_end": metric(text, "penstock_kv_cache_usage_ratio"),
         "exit_code": code,
         "resident_MiB_after_a_tenth": round(first / 2**20, 1),
         "resident_MiB_at_the_end": round(last / 2**20, 1),
@@ -150,7 +150,7 @@ def main() -> int:
     print(json.dumps({name: value for name, value in report.items() if name != "samples"}, indent=1))
     if options.output:
         options.output.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if clients.wrong or code or report["pages_held_at_the_end"] else 0
+    return 1 if clients.wrong or code or report["share_of_pages_held_at_the_end"] else 0
 
 
 if __name__ == "__main__":

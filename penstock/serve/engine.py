@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from penstock.serve.config import EngineConfig, SchedulerConfig
 from penstock.serve.grammar import Grammar, GrammarCompiler, GrammarError
-from penstock.serve.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput, Statistics
+from penstock.serve.outputs import CompletionOutput, EngineStatistics, FinishReason, Logprob, RequestMetrics, RequestOutput
 from penstock.serve.packages import MissingPackage
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import StepPlan, StepResult, TokenLogprobs
@@ -299,7 +299,7 @@ class Engine:
         """Whether a step would give anything."""
         return bool(self._groups or self._undelivered)
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> EngineStatistics:
         """What was done since the engine was made, and how things are now."""
         return self.scheduler.statistics()
 
@@ -335,7 +335,7 @@ class Engine:
         for work in (*plan.decodes, *plan.prefills):
             grammar = self._constrained.get(work.slot)
             if grammar is not None and work.sample:
-                plan.masks[work.slot] = grammar.mask()
+                plan.masks[work.slot] = grammar.masks()
 
     def _take(self, events: list[Event]) -> list[RequestOutput]:
         """Give events to their completions; the outputs of the requests they belong to."""

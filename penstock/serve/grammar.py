@@ -71,6 +71,20 @@ class Grammar:
         """The tokens that may come next: bit t % 8 of byte t // 8 is token t."""
         return self._matcher.compute_bitmask()
 
+    def masks(self, guesses: Sequence[int] = ()) -> list[bytes]:
+        """The mask here, and that after each guess; what stands after a forbidden guess means nothing."""
+        masks = [self.mask()]
+        taken = 0
+        for token_id in guesses:
+            if masks[-1][token_id // 8] >> token_id % 8 & 1 and len(masks) == taken + 1:
+                self.accept(token_id)
+                taken += 1
+                masks.append(self.mask())
+            else:
+                masks.append(masks[-1])
+        self.rollback(taken)
+        return masks
+
     def accept(self, token_id: int) -> None:
         """Go on by one token; one that the mask forbids is a `fault`."""
         self._matcher.consume_token(token_id)

@@ -55,15 +55,13 @@ class RequestOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class Statistics:
-    """What an engine has done since it was made, and how things are now."""
+class EngineStatistics:
+    """An engine at one moment, and what it has done since it was built."""
 
-    prompt_tokens: int = 0  # of the requests that were admitted, each counted once
-    prefix_hit_tokens: int = 0  # of these, how many were found in the cache and not computed
-    output_tokens: int = 0
-    preemptions: int = 0
-    running: int = 0  # requests now
-    waiting: int = 0
-    pages: int = 0  # of the KV cache
-    held_pages: int = 0  # by requests, now
-    cached_pages: int = 0  # held by none, their content can be found
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_free_pages: int  # held by no request
+    num_preemptions: int
+    prompt_tokens: int  # of the requests that were admitted, once for each completion
+    output_tokens: int

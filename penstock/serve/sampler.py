@@ -1,6 +1,6 @@
 """The sampling state of every slot, and the choice of each row's next token."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +12,7 @@ from penstock.serve.params import SamplingParams
 from penstock.serve.plan import SlotInit, TokenLogprobs
 
 _TEMPERATURE, _TOP_P, _MIN_P, _REPETITION, _PRESENCE, _FREQUENCY = range(6)
-NO_MASKS: Mapping[int, bytes] = MappingProxyType({})
+NO_MASKS: Mapping[int, Sequence[bytes]] = MappingProxyType({})
 
 
 class Sampler:
@@ -70,7 +70,7 @@ class Sampler:
         self._rows = []
 
     def sample(
-        self, logits: Tensor, slots: list[int], num_outputs: list[int], masks: Mapping[int, bytes] = NO_MASKS
+        self, logits: Tensor, slots: list[int], num_outputs: list[int], masks: Mapping[int, Sequence[bytes]] = NO_MASKS
     ) -> tuple[list[int], dict[int, TokenLogprobs]]:
         """The next token of each row, and the log-probabilities of the slots that want them.
 
@@ -78,7 +78,7 @@ class Sampler:
             logits: [n, V] float32; changed in place.
             slots: the slot of each row.
             num_outputs: tokens each row has emitted.
-            masks: slot → the tokens that may be sampled, bit t % 8 of byte t // 8 for token t.
+            masks: slot → for each of its rows the tokens that may be sampled, bit t % 8 of byte t // 8 for token t.
         """
         changed = bool(self._penalised or self._held or self._biased or masks)
         if not (self._drawn or self._reported or changed):
@@ -178,10 +178,11 @@ class Sampler:
                 index = torch.tensor(tokens, device=self.device)
                 logits[row].index_add_(0, index, torch.tensor(values, dtype=logits.dtype, device=self.device))
 
-    def _forbid(self, logits: Tensor, slots: list[int], masks: Mapping[int, bytes]) -> None:
+    def _forbid(self, logits: Tensor, slots: list[int], masks: Mapping[int, Sequence[bytes]]) -> None:
         """Minus infinity for the tokens that a mask leaves out."""
         rows = [row for row, slot in enumerate(slots) if slot in masks]
-        words = torch.frombuffer(bytearray(b"".join(masks[slots[row]] for row in rows)), dtype=torch.uint8)
+        left = {slot: iter(own) for slot, own in masks.items()}
+        words = torch.frombuffer(bytearray(b"".join(next(left[slots[row]]) for row in rows)), dtype=torch.uint8)
         words = words.view(len(rows), -1).to(self.device)
         bits = words[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=self.device) & 1
         allowed = bits.flatten(1)[:, : self.vocab_size].bool()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from penstock.serve.config import SchedulerConfig
-from penstock.serve.outputs import FinishReason, Statistics
+from penstock.serve.outputs import EngineStatistics, FinishReason
 from penstock.serve.pages import PageAllocator
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import SlotInit, StepPlan, StepResult, TokenLogprobs, Work
@@ -323,16 +323,16 @@ class Scheduler:
     def num_free_pages(self) -> int:
         return self._pages.num_free
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> EngineStatistics:
         """What was done since the scheduler was made, and how things are now."""
-        return Statistics(
+        return EngineStatistics(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_pages=self.config.num_pages,
+            num_free_pages=self._pages.num_free,
+            num_preemptions=self.num_preemptions,
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
-            preemptions=self.num_preemptions,
-            running=self.num_running,
-            waiting=self.num_waiting,
-            pages=self.config.num_pages,
-            held_pages=self.config.num_pages - self._pages.num_free,
         )
 
     def _is_here(self, request: _Request) -> bool:

@@ -64,14 +64,14 @@ def test_statistics_count_what_was_done():
     engine = build(num_pages=8, max_model_len=64)
     for name in "abc":
         engine.add_request(name, [1, 2, 3, 4, 5], SamplingParams(max_tokens=12))
-    assert (engine.statistics().waiting, engine.statistics().running) == (3, 0)
+    assert (engine.statistics().num_waiting, engine.statistics().num_running) == (3, 0)
     engine.step()
     now = engine.statistics()
-    assert (now.running, now.pages, now.held_pages, now.output_tokens) == (3, 8, 6, 3)
+    assert (now.num_running, now.num_pages, now.num_free_pages, now.output_tokens) == (3, 8, 2, 3)
     run(engine)
     done = engine.statistics()
-    assert (done.prompt_tokens, done.output_tokens, done.running, done.held_pages) == (15, 36, 0, 0)
-    assert done.preemptions == engine.scheduler.num_preemptions > 0
+    assert (done.prompt_tokens, done.output_tokens, done.num_running, done.num_free_pages) == (15, 36, 0, 8)
+    assert done.num_preemptions == engine.scheduler.num_preemptions > 0
 
 
 def test_a_bias_beyond_the_vocabulary_is_refused():

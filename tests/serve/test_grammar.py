@@ -103,6 +103,19 @@ def test_rollback_takes_tokens_back(llm):
     assert grammar.mask() == before and not grammar.fault
 
 
+def test_masks_after_guesses_are_those_of_going_there(llm):
+    tokens = llm.tokenizer.encode('{"name": "x"', add_special_tokens=False)
+    ahead, serial = (llm.engine._compile(grammars.json_schema(PERSON)) for _ in range(2))
+    expected = [serial.mask()]
+    for token in tokens:
+        serial.accept(token)
+        expected.append(serial.mask())
+    assert ahead.masks(tokens) == expected and ahead.mask() == expected[0]
+    wrong = ahead.masks([tokens[0], 1, *tokens[1:]])  # no end is allowed there
+    assert wrong[:2] == expected[:2] and len(wrong) == len(tokens) + 2 and ahead.mask() == expected[0]
+    assert not ahead.fault
+
+
 def test_a_forbidden_token_is_a_fault(llm):
     grammar = llm.engine._compile(grammars.regex("[0-9]+"))
     assert grammar.fault == ""

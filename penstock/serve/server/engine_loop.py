@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from penstock.serve.engine import EncodedPrompt, Engine, InvalidPrompt
-from penstock.serve.outputs import RequestOutput, Statistics
+from penstock.serve.outputs import EngineStatistics, RequestOutput
 from penstock.serve.params import SamplingParams
 
 
@@ -43,7 +43,7 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._engine: Engine | None = None
         self.failure: BaseException | None = None
-        self.statistics = Statistics()
+        self.statistics: EngineStatistics  # of the last step
 
     def start(self) -> None:
         """Build the engine and begin; raises what building raises."""
@@ -100,7 +100,9 @@ class EngineLoop:
 
     def _main(self) -> None:
         try:
-            self._engine = self._build()
+            engine = self._build()
+            self.statistics = engine.statistics()
+            self._engine = engine
         except BaseException as error:
             self.failure = error
             return

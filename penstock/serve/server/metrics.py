@@ -12,18 +12,21 @@ from penstock.serve.server.engine_loop import EngineLoop
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TOKENS = tuple(float(1 << power) for power in range(0, 21, 2))
 
-# (name, sentence, field of Statistics)
+# (name, sentence, field of EngineStatistics); those that the engine does not count are left out
 COUNTERS = (
     ("prompt_tokens", "Tokens of the prompts that were admitted.", "prompt_tokens"),
     ("generation_tokens", "Tokens made.", "output_tokens"),
-    ("num_preemptions", "Requests sent back to wait because pages ran out.", "preemptions"),
+    ("num_preemptions", "Completions sent back to wait because pages ran out.", "num_preemptions"),
     ("prefix_cache_hit_tokens", "Tokens of prompts found in the prefix cache.", "prefix_hit_tokens"),
+    ("spec_decode_draft_tokens", "Tokens guessed by a drafter.", "draft_tokens"),
+    ("spec_decode_accepted_tokens", "Guesses that were right.", "accepted_tokens"),
 )
 GAUGES = (
-    ("num_requests_running", "Completions being computed.", "running"),
-    ("num_requests_waiting", "Completions that wait for their first step, or again after a preemption.", "waiting"),
-    ("kv_cache_pages", "Pages of the key and value cache.", "pages"),
-    ("kv_cache_pages_held", "Pages that running completions hold.", "held_pages"),
+    ("num_requests_running", "Completions being computed.", "num_running"),
+    ("num_requests_waiting", "Completions that wait for their first step, or again after a preemption.", "num_waiting"),
+    ("kv_cache_pages", "Pages of the key and value cache.", "num_pages"),
+    ("kv_cache_pages_free", "Pages that no completion holds.", "num_free_pages"),
+    ("kv_cache_pages_cached", "Of the free pages, those that can be found by their content.", "num_cached_pages"),
 )
 
 
@@ -71,12 +74,12 @@ class _EngineMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         now = self._loop.statistics
-        for name, sentence, field in COUNTERS:
-            yield CounterMetricFamily(f"penstock_{name}", sentence, getattr(now, field))
-        for name, sentence, field in GAUGES:
-            yield GaugeMetricFamily(f"penstock_{name}", sentence, getattr(now, field))
-        usage = now.held_pages / now.pages if now.pages else 0.0
-        yield GaugeMetricFamily("penstock_kv_cache_usage_ratio", "Pages held, of all.", usage)
+        for family, described in ((CounterMetricFamily, COUNTERS), (GaugeMetricFamily, GAUGES)):
+            for name, sentence, field in described:
+                if hasattr(now, field):
+                    yield family(f"penstock_{name}", sentence, getattr(now, field))
+        held = now.num_pages - now.num_free_pages
+        yield GaugeMetricFamily("penstock_kv_cache_usage_ratio", "Pages held by completions, of all.", held / now.num_pages)
         alive = GaugeMetricFamily("penstock_engine_alive", "1 while requests are computed.", float(self._loop.alive))
         yield alive
         facts = {"version": sys.modules["penstock"].__version__, "model": self._model}
