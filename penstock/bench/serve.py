@@ -205,11 +205,13 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """A row as data, to the microsecond."""
+    """A row as data, to the microsecond; None for what nothing was measured of."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: rounded(each) for name, each in value.items()}
-        return round(value, 6) if isinstance(value, float) else value
+        if isinstance(value, float):
+            return None if math.isnan(value) else round(value, 6)
+        return value
 
     return {name: rounded(value) for name, value in asdict(row).items()}
