@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -33,9 +34,8 @@ class Server:
     process: subprocess.Popen | None = None
 
 
-@app.command(context_settings={"allow_extra_args": True})
+@app.command()
 def serve(
-    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Served for the run; with --url what the server calls it.")],
     url: Annotated[str, typer.Option(help="A running server, such as http://127.0.0.1:8000.")] = "",
     key: Annotated[str, typer.Option(help="Its API key.", envvar="OPENAI_API_KEY", show_envvar=True)] = "",
@@ -45,10 +45,11 @@ def serve(
     output_tokens: Annotated[int, typer.Option(min=1)] = 64,
     goodput: Annotated[str, typer.Option(help="Objectives in ms, such as ttft:200,tpot:50,e2e:5000.")] = "ttft:200,tpot:50",
     seed: Annotated[int, typer.Option(help="Of arrivals and prompts.")] = 0,
+    serve_options: Annotated[str, typer.Option(help='For `penstock serve`, such as "--dtype float32".')] = "",
     note: Annotated[str, typer.Option(help="Written into the results: what else ran on the machine, for one.")] = "",
     output: Annotated[Path | None, typer.Option(help="Folder of serve.json and serve.png.")] = None,
 ) -> None:
-    """Latency against load. Arguments after -- go to `penstock serve`."""
+    """Latency against load."""
     import torch
 
     if find_spec("httpx") is None:
@@ -60,7 +61,7 @@ def serve(
     console = Console(width=200, soft_wrap=True)
     document: dict[str, Any] = {
         "schema": record.SCHEMA,
-        "command": _command(model, rates, requests, prompt_tokens, output_tokens, goodput, seed, context.args),
+        "command": _command(model, rates, requests, prompt_tokens, output_tokens, goodput, seed, serve_options),
         "model": Path(model).name,
         "server": "at another address" if url else "started for the run, on this machine as the clients",
         "environment": record.environment(device),
@@ -71,7 +72,7 @@ def serve(
         "rows": [],
     }
     rows: list[Row] = []
-    with contextlib.nullcontext(Server(url, model)) if url else started(model, context.args) as server:
+    with contextlib.nullcontext(Server(url, model)) if url else started(model, shlex.split(serve_options)) as server:
         warm = Workload(math.inf, 4, prompt_tokens, output_tokens, seed + 1)
         asyncio.run(run(server.url, server.model, warm, objectives, key=key))
         for load in loads:
@@ -170,4 +171,4 @@ def _command(model: str, *values: Any) -> str:
     rates, requests, prompt_tokens, output_tokens, goodput, seed, more = values
     words = f"penstock bench serve {Path(model).name} --rates {rates} --requests {requests} --prompt-tokens {prompt_tokens}"
     words += f" --output-tokens {output_tokens} --goodput {goodput} --seed {seed}"
-    return f"{words} -- {' '.join(more)}" if more else words
+    return f'{words} --serve-options "{more}"' if more else words
