@@ -82,7 +82,9 @@ def serve(
             document["rows"].append(as_json(row))
             record.write_json(folder / "serve.json", document)  # after every rate: a later one may take too long
     console.print(f"@done {folder / 'serve.json'}", markup=False)
-    if find_spec("matplotlib") is None:
+    if all(row.rate is None for row in rows):
+        console.print("no plot: there is no rate to plot against", markup=False)
+    elif find_spec("matplotlib") is None:
         console.print("no plot: it needs the package matplotlib: pip install 'penstock[bench]'", markup=False)
     else:
         plot(rows, document, folder / "serve.png")
