@@ -121,7 +121,7 @@ class Runner:
             self._write_pages(updates)
             logits = self._decode(plan.decodes, updates)
         slots = [work.slot for work in sampled]
-        token_ids, logprobs = self.sampler.sample(logits, slots, [work.num_output for work in sampled])
+        token_ids, logprobs = self.sampler.sample(logits, slots, [work.num_output for work in sampled], plan.masks)
         return StepResult(dict(zip(slots, token_ids, strict=True)), logprobs)
 
     def _take_pages(self, works: Sequence[Work]) -> list[tuple[int, int]]:
