@@ -11,6 +11,9 @@ from penstock.ops.attention.prefill_paged import attention_prefill_paged as atte
 from penstock.ops.kvcache.copy_pages import copy_pages as copy_pages
 from penstock.ops.kvcache.gather_kv import gather_kv as gather_kv
 from penstock.ops.kvcache.store_kv import store_kv as store_kv
+from penstock.ops.matmul.grouped_gemm import grouped_gemm as grouped_gemm
+from penstock.ops.moe.fused_moe import fused_moe as fused_moe
+from penstock.ops.moe.route import moe_route as moe_route
 from penstock.ops.norm.add_rms_norm import add_rms_norm as add_rms_norm
 from penstock.ops.norm.layer_norm import layer_norm as layer_norm
 from penstock.ops.norm.rms_norm import rms_norm as rms_norm
