@@ -185,6 +185,10 @@ def _rows(arguments: Arguments, request: int, start: int, stop: int, seen: int, 
         first = starts_k[request]
         part.update(k=arguments["k"][first : first + seen], v=arguments["v"][first : first + seen])
         part.update(cu_seqlens_k=ends(seen), max_seqlen_k=seen)
+    if isinstance(part.get("block_mask"), Tensor):
+        # Both ends of the rows lie in one block of the mask: they are fewer than its 128 and begin at a multiple of them.
+        block = (start - int(arguments["cu_seqlens_q"][request])) // 128
+        part["block_mask"] = part["block_mask"][request : request + 1, :, block : block + 1]
     if isinstance(part.get("q_scale"), Tensor) and part["q_scale"].shape[:1] == arguments["q"].shape[:1]:
         part["q_scale"] = part["q_scale"][start:stop]
     return part

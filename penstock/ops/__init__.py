@@ -6,6 +6,7 @@ from penstock.ops.activation.silu_and_mul_quant import silu_and_mul_quant as sil
 from penstock.ops.attention.decode import attention_decode as attention_decode
 from penstock.ops.attention.decode_plan import attention_decode_plan as attention_decode_plan
 from penstock.ops.attention.merge import merge_attention as merge_attention
+from penstock.ops.attention.mla import mla_decode as mla_decode
 from penstock.ops.attention.prefill import attention_prefill as attention_prefill
 from penstock.ops.attention.prefill_paged import attention_prefill_paged as attention_prefill_paged
 from penstock.ops.kvcache.copy_pages import copy_pages as copy_pages
