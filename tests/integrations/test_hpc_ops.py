@@ -23,12 +23,19 @@ PUBLIC = {
     "fused_rmsnorm_with_scale": "a weight eps scale is_moe",
     "attention_prefill_bf16": "q k v seqlens_q cu_seqlens_q max_seqlens_q output",
     "attention_with_kvcache_prefill_bf16": "q kcache vcache cu_seqlens_q block_ids seqlens_kvcache max_seqlens_q output",
-    "attention_with_kvcache_prefill_fp8": "",
-    "attention_with_kvcache_blocksparse_prefill_fp8": "",
+    "attention_with_kvcache_prefill_fp8": (
+        "q kcache vcache qscale kscale vscale cu_seqlens_q block_ids seqlens_kvcache max_seqlens_q quant_type output"
+    ),
+    "attention_with_kvcache_blocksparse_prefill_fp8": (
+        "q kcache vcache qscale kscale vscale cu_seqlens_q block_ids seqlens_kvcache max_seqlens_q quant_type block_mask output"
+    ),
     "attention_decode_bf16": (
         "q kcache vcache block_ids num_seq_kvcache mtp new_kv_included splitk task_map split_flag output"
     ),
-    "attention_decode_fp8": "",
+    "attention_decode_fp8": (
+        "q kcache vcache block_ids num_seq_kvcache qscale kscale vscale mtp new_kv_included quant_type splitk task_map"
+        " split_flag output"
+    ),
     "get_attention_decode_task_workspace": "max_num_batch max_seqlen num_head_kv min_process_len",
     "assign_attention_decode_task": "num_seq_kvcache task_map num_head_kv mtp new_kv_included min_process_len",
     "print_attention_decode_task": "",
@@ -46,14 +53,30 @@ PUBLIC = {
     ),
     "count_and_gather": "",
     "reduce": "",
-    "fuse_moe": "",
-    "fuse_moe_pertensor_fp8": "",
-    "fuse_moe_blockwise_fp8": "",
-    "fuse_moe_blockwise": "",
-    "reformat_x_scale": "",
-    "group_gemm_pertensor_fp8": "",
-    "group_gemm_fp8": "",
-    "group_gemm_blockwise_fp8": "",
+    "fuse_moe": (
+        "x gate_up_weight down_weight gate_up_scale down_scale act_and_mul_scale topk_ids topk_scale rank_ep num_expert_total"
+        " use_bf16_mul shared_output output"
+    ),
+    "fuse_moe_pertensor_fp8": (
+        "x gate_up_weight down_weight gate_up_scale down_scale act_and_mul_scale topk_ids topk_scale rank_ep num_expert_total"
+        " use_bf16_mul shared_output"
+    ),
+    "fuse_moe_blockwise_fp8": (
+        "x x_scale gate_up_weight gate_up_weight_scale down_weight down_weight_scale topk_ids topk_scale rank_ep"
+        " num_expert_total shared_output"
+    ),
+    "fuse_moe_blockwise": (
+        "x x_scale gate_up_weight gate_up_weight_scale down_weight down_weight_scale topk_ids topk_scale rank_ep"
+        " num_expert_total shared_output output"
+    ),
+    "reformat_x_scale": "x_scale seqlens cu_seqlens num_seq_per_group_avg output",
+    "group_gemm_pertensor_fp8": (
+        "x weight seqlens cu_seqlens y_scale num_seq_per_group_avg output tma_desc task_map_workspace"
+    ),
+    "group_gemm_fp8": ("x weight seqlens cu_seqlens y_scale num_seq_per_group_avg output tma_desc task_map_workspace"),
+    "group_gemm_blockwise_fp8": (
+        "x weight seqlens cu_seqlens x_scale w_scale num_seq_per_group_avg output tma_desc task_map_workspace"
+    ),
     "get_gemm_bf16xfp32_workspace": "",
     "gemm_bf16xfp32": "",
     "fuse_allreduce_rmsnorm_high_throughput": "",
@@ -80,8 +103,9 @@ def test_every_public_name_is_there_or_refused_by_name(name):
 
 def test_nothing_else_is_there():
     assert set(hpc.NOT_COVERED) <= set(PUBLIC)
-    ours = {name for name, value in vars(hpc).items() if inspect.isfunction(value) and value.__module__ == hpc.__name__}
-    assert {name for name in ours if not name.startswith("_")} == (set(PUBLIC) - set(hpc.NOT_COVERED)) | {"install"}
+    functions = {name for name, value in vars(hpc).items() if inspect.isfunction(value) and not name.startswith("_")}
+    assert functions == (set(PUBLIC) - set(hpc.NOT_COVERED)) | {"install"}
+    assert set(hpc.__all__) == (functions - {"install"}) | {"QuantType", "SoftmaxPolicy"}
     assert not hasattr(hpc, "gated_mla_gemm") and hpc.normalization is hpc
     assert [kind.value for kind in hpc.QuantType] == [0, 1, 2, 3] and hpc.SoftmaxPolicy.AFTER_TOPK == 2
 
@@ -182,6 +206,139 @@ def test_prefill():
     cu = torch.tensor([0, 5, 5, 22], dtype=torch.int32)
     got = hpc.attention_prefill_bf16(q, k, v, torch.tensor(lengths, dtype=torch.int32), cu, 17)
     judge_attention(got, list(zip(*(x.split(lengths) for x in (q, k, v)), strict=True)))
+
+
+# ---- attention in FP8
+
+
+def attention_fp8(q, k, v, dtype, seen=None):
+    """Exact in float64; in float32 with weights stored as e4m3(256 · exp(s - m)), as hpc-ops documents it.
+
+    q, k, v: (FP8 values, scales that broadcast to them) of one request; seen: [heads, n, m] on top of causal.
+    """
+    (q, q_scale), (k, k_scale), (v, v_scale) = ((x.to(dtype), scale.to(dtype)) for x, scale in (q, k, v))
+    n, m, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
+    scaled = (k * k_scale).repeat_interleave(group, 1).transpose(0, 1)
+    v, v_scale = (x.expand_as(v).repeat_interleave(group, 1).transpose(0, 1) for x in (v, v_scale))
+    scores = (q * q_scale).transpose(0, 1) @ scaled.transpose(1, 2) / q.shape[2] ** 0.5
+    visible = torch.ones(n, m).tril(m - n) > 0
+    scores = scores.masked_fill(~(visible if seen is None else visible & seen), -torch.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    total = weights.sum(-1, keepdim=True)
+    if dtype is torch.float32:
+        weights = (weights * 256).to(FP8).float() / 256
+    return (weights @ v * v_scale[:, :1] / total).transpose(0, 1).to(dtype if dtype is torch.float64 else torch.bfloat16)
+
+
+def quantised(x, scale):
+    return (x.float() / scale).clamp(-448, 448).to(FP8)
+
+
+def cache_fp8(k_cache, v_cache, kind, layout, generator):
+    """FP8 caches with their scales as hpc-ops wants them, and those scales as [pages, page size, heads, 1]-like tensors."""
+    pages, page_size, heads, dim = k_cache.shape
+    v_scale = torch.rand(heads if kind == 0 else 1, generator=generator) * 0.02 + 0.005
+    v_cache = quantised(v_cache, v_scale[:, None] if kind == 0 else v_scale)
+    if kind == 1:
+        k_scale = torch.tensor([0.013])
+        return quantised(k_cache, k_scale), v_cache, k_scale, v_scale, k_scale.expand(pages, page_size, heads, 1)
+    of_tokens = torch.rand(pages, page_size, heads, 1, generator=generator) * 0.02 + 0.005
+    rows = page_size * 4 // dim
+    # Values, and behind them in the same page float32 scales in rows of FP8.
+    whole = torch.zeros(pages, heads, page_size + rows, dim, dtype=FP8)
+    whole = whole.transpose(1, 2) if layout == "hnd" else whole.transpose(1, 2).contiguous()
+    whole[:, :page_size] = quantised(k_cache, of_tokens)
+    inside = of_tokens[..., 0].reshape(pages, rows, dim // 4, heads).transpose(2, 3).contiguous()
+    whole[:, page_size:] = inside.view(FP8)
+    return whole[:, :page_size], v_cache, whole[:, page_size:], v_scale, of_tokens
+
+
+def requests_fp8(q, q_scale, counts, lengths, caches, table):
+    """(q, k, v) of each request with their scales, gathered from the pages."""
+    k_cache, v_cache, _, v_scale, of_tokens = caches
+    v_scale = v_scale[:, None] if len(v_scale) > 1 else v_scale
+    parts = zip(q.split(counts), q_scale.split(counts), strict=True)
+    for row, ((rows, scales), length) in enumerate(zip(parts, lengths, strict=True)):
+        k, v, k_scale = (x[table[row].long()].flatten(0, 1)[:length] for x in (k_cache, v_cache, of_tokens))
+        yield (rows, scales[..., None]), (k, k_scale), (v, v_scale)
+
+
+def judge_fp8(got, requests, seen=None):
+    masks = [None] * len(requests) if seen is None else seen
+    exact, plain = (
+        torch.cat([attention_fp8(*rows, dtype, mask) for rows, mask in zip(requests, masks, strict=True)])
+        for dtype in (torch.float64, torch.float32)
+    )
+    judge("attention", got, exact, plain)
+
+
+KINDS = {
+    0: hpc.QuantType.QPERTOKEN_PERHEAD_KPERTOKEN_PERHEAD_VPERHEAD,
+    1: hpc.QuantType.QPERTOKEN_PERHEAD_KPERTENSOR_VPERTENSOR,
+}
+
+
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("Hq", "Hkv", "dim"), [(8, 2, 128), (6, 2, 64)])
+def test_decode_fp8(kind, layout, Hq, Hkv, dim):
+    generator = torch.Generator().manual_seed(dim + kind)
+    lengths, mtp = [70, 2, 129], 1
+    k_cache, v_cache, table, _ = paged(lengths, Hkv, dim, 64, layout, generator)
+    caches = cache_fp8(k_cache.nan_to_num(0.0), v_cache.nan_to_num(0.0), kind, layout, generator)
+    q_scale = torch.rand(6, Hq, generator=generator) * 0.02 + 0.005
+    q = quantised(torch.randn(6, Hq, dim, generator=generator), q_scale[..., None])
+    seqlens = torch.tensor(lengths, dtype=torch.int32)
+    output = torch.full(q.shape, torch.nan, dtype=torch.bfloat16)
+    arguments = (q, *caches[:2], table)
+    scales = (q_scale, *caches[2:4])
+    options = {"mtp": mtp, "quant_type": KINDS[kind], "task_map": hpc.get_attention_decode_task_workspace(3, 256, Hkv)}
+    got = hpc.attention_decode_fp8(*arguments, seqlens, *scales, new_kv_included=True, output=output, **options)
+    assert got is output
+    judge_fp8(got, list(requests_fp8(q, q_scale, [2, 2, 2], lengths, caches, table)))
+    assert torch.equal(got, hpc.attention_decode_fp8(*arguments, seqlens - 2, *scales, **options))
+
+
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefill_fp8(kind, layout):
+    generator = torch.Generator().manual_seed(kind)
+    Hq, Hkv, dim, news, lengths = 4, 2, 64, [9, 0, 20], [9, 33, 27]
+    k_cache, v_cache, table, _ = paged(lengths, Hkv, dim, 16, layout, generator)
+    caches = cache_fp8(k_cache.nan_to_num(0.0), v_cache.nan_to_num(0.0), kind, layout, generator)
+    by_request = torch.rand(3, Hq, 128, generator=generator) * 0.02 + 0.005
+    q_scale = torch.cat([by_request[b, :, :n].T for b, n in enumerate(news)])
+    q = quantised(torch.randn(29, Hq, dim, generator=generator), q_scale[..., None])
+    cu, seqlens = torch.tensor([0, 9, 9, 29], dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+    arguments = (q, *caches[:2], by_request, *caches[2:4], cu, table, seqlens, 20)
+    output = torch.full(q.shape, torch.nan, dtype=torch.bfloat16)
+    got = hpc.attention_with_kvcache_prefill_fp8(*arguments, KINDS[kind], output=output)
+    assert got is output
+    judge_fp8(got, list(requests_fp8(q, q_scale, news, lengths, caches, table)))
+    if kind == 1:
+        assert torch.equal(got, hpc.attention_with_kvcache_prefill_fp8(*arguments))
+    hadamard = hpc.QuantType.QPERTOKEN_PERHEAD_KPERTOKEN_PERHEAD_VPERHEAD_QKHADAMARD
+    with pytest.raises(NotSupported, match=f"quant_type={hadamard.name}"):
+        hpc.attention_with_kvcache_prefill_fp8(*arguments, hadamard)
+
+
+def test_block_sparse_prefill_fp8():
+    generator = torch.Generator().manual_seed(5)
+    Hq, Hkv, dim, length = 2, 1, 64, 300
+    k_cache, v_cache, table, _ = paged([length], Hkv, dim, 64, "nhd", generator)
+    caches = cache_fp8(k_cache.nan_to_num(0.0), v_cache.nan_to_num(0.0), 1, "nhd", generator)
+    by_request = torch.rand(1, Hq, 384, generator=generator) * 0.02 + 0.005
+    q_scale = by_request[0, :, :length].T
+    q = quantised(torch.randn(length, Hq, dim, generator=generator), q_scale[..., None])
+    mask = torch.eye(3).expand(1, Hq, 3, 3).contiguous().to(torch.uint8)
+    mask[0, 1, 2, 0] = 1
+    cu, seqlens = torch.tensor([0, length], dtype=torch.int32), torch.tensor([length], dtype=torch.int32)
+    arguments = (q, *caches[:2], by_request, *caches[2:4], cu, table, seqlens, length)
+    got = hpc.attention_with_kvcache_blocksparse_prefill_fp8(*arguments, block_mask=mask)
+    seen = mask[0].repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :length, :length] > 0
+    judge_fp8(got, list(requests_fp8(q, q_scale, [length], [length], caches, table)), [seen])
+    dense = hpc.attention_with_kvcache_blocksparse_prefill_fp8(*arguments)
+    assert torch.equal(dense, hpc.attention_with_kvcache_prefill_fp8(*arguments)) and not torch.equal(dense, got)
 
 
 # ---- rope_norm_store_kv
@@ -341,6 +498,127 @@ def test_activations():
     values = torch.tensor([[1.0, -3.3, 1e9, 0.0]])
     stored, same = hpc.scaled_fp8_quant(values, torch.tensor(0.5))
     assert torch.equal(stored, torch.tensor([[2.0, -6.6, 448.0, 0.0]]).to(FP8)) and same == 0.5
+
+
+# ---- mixtures of experts
+
+
+def silu_product(gate_up):
+    gate, up = gate_up.chunk(2, -1)
+    return gate / (1 + (-gate).exp()) * up
+
+
+def expanded(scale, shape):
+    """Scales of 128 × 128 squares, or of 128 columns of a row, for every value."""
+    wide = scale.repeat_interleave(128, -1)[..., : shape[-1]]
+    return wide.repeat_interleave(128, -2)[..., : shape[-2], :] if len(shape) == 3 else wide
+
+
+def mixture(x, w13, w2, ids, weights, shared, stored, dtype):
+    """The weighted sum over experts; `stored` is what becomes of the gated product; float32 rounds as hpc-ops' stages do."""
+    out = torch.zeros(x.shape, dtype=dtype)
+    half = torch.bfloat16 if dtype is torch.float32 else dtype
+    for token, (chosen, shares) in enumerate(zip(ids.tolist(), weights.to(dtype), strict=True)):
+        for expert, share in zip(chosen, shares, strict=True):
+            if 0 <= expert < len(w13):
+                inner = stored(silu_product((x[token] @ w13[expert].T).to(half).to(dtype)))
+                out[token] += (inner @ w2[expert].T).to(half).to(dtype) * share
+    return (out + shared.to(dtype)).to(half)
+
+
+@pytest.mark.parametrize("rank_ep", [0, 1])
+@pytest.mark.parametrize("scheme", ["tensor", "block"])
+def test_fuse_moe(scheme, rank_ep):
+    generator = torch.Generator().manual_seed(rank_ep)
+    T, H, I, E = 7, 256, 128, 3
+
+    def rand(*shape):
+        return torch.rand(shape, generator=generator) * 0.02 + 0.01
+
+    def fp8(*shape):
+        return (torch.randn(shape, generator=generator) * 30).clamp(-448, 448).to(FP8)
+
+    x, w13, w2 = fp8(T, H), fp8(E, 2 * I, H), fp8(E, H, I)
+    ids = torch.stack([torch.randperm(2 * E, generator=generator)[:2] for _ in range(T)]).int()
+    weights = torch.rand(T, 2, generator=generator)
+    shared = torch.randn(T, H, generator=generator).bfloat16()
+    local = ids - rank_ep * E
+    output = torch.full((T, H), torch.nan, dtype=torch.bfloat16)
+    if scheme == "tensor":
+        x_scale, w13_scale, w2_scale, inner_scale = rand(1), rand(E), rand(E), torch.tensor([0.3])
+        # The kernel's factors: what the products of stored values are multiplied with, and what the gated product is.
+        factors = (w13_scale * x_scale, w2_scale * inner_scale, 1 / inner_scale)
+        arguments = (x, w13, w2, *factors, ids, weights, rank_ep, 2 * E)
+        got = hpc.fuse_moe(*arguments, shared_output=shared, output=output)
+        again = hpc.fuse_moe_pertensor_fp8(*arguments, shared_output=shared)
+        x_wide, w13_wide, w2_wide = (
+            x.float() * x_scale,
+            w13.float() * w13_scale[:, None, None],
+            w2.float() * w2_scale[:, None, None],
+        )
+
+        def stored(inner):
+            return (inner / inner_scale).clamp(-448, 448).to(FP8).float() * inner_scale
+
+    else:
+        x_scale, w13_scale, w2_scale = rand(T, 2), rand(E, 2, 4), rand(E, 2, 4)
+        arguments = (x, x_scale, w13, w13_scale, w2, w2_scale, ids, weights, rank_ep, 2 * E)
+        got = hpc.fuse_moe_blockwise(*arguments, shared_output=shared, output=output)
+        again = hpc.fuse_moe_blockwise_fp8(*arguments, shared_output=shared)
+        x_wide, w13_wide, w2_wide = (
+            value.float() * expanded(scale, value.shape) for value, scale in ((x, x_scale), (w13, w13_scale), (w2, w2_scale))
+        )
+
+        def stored(inner):
+            scale = inner.abs().max() / 448
+            return (inner / scale).to(FP8).float() * scale
+
+    assert got is output and torch.equal(got, again)
+    plain = mixture(x_wide, w13_wide, w2_wide, local, weights, shared, stored, torch.float32)
+    wide = (value.double() for value in (x_wide, w13_wide, w2_wide))
+    exact = mixture(*wide, local, weights, shared, lambda inner: inner, torch.float64)
+    judge("fuse_moe", got, exact, plain)
+    assert float((got.double() - exact).abs().max()) < 0.05 * float((exact - shared).abs().max())
+
+
+def test_group_gemm():
+    generator = torch.Generator().manual_seed(0)
+    seqlens = torch.tensor([5, 0, 33], dtype=torch.int32)
+    cu = torch.tensor([0, 5, 5, 38], dtype=torch.int32)
+    x = (torch.randn(38, 256, generator=generator) * 30).to(FP8)
+    w = (torch.randn(3, 128, 256, generator=generator) * 30).to(FP8)
+    groups = torch.repeat_interleave(torch.arange(3), seqlens)
+    y_scale = torch.rand(3, generator=generator)
+    output = torch.full((38, 128), torch.nan, dtype=torch.bfloat16)
+    got = hpc.group_gemm_pertensor_fp8(x, w, seqlens, cu, y_scale, output=output)
+    assert got is output and torch.equal(got, hpc.group_gemm_fp8(x, w, seqlens, cu, y_scale))
+    exact = torch.einsum("tk,tnk->tn", x.double(), w.double()[groups]) * y_scale.double()[groups][:, None]
+    judge("group_gemm_pertensor_fp8", got, exact, exact.bfloat16())
+
+    x_scale, w_scale = torch.rand(38, 2, generator=generator), torch.rand(3, 1, 4, generator=generator)
+    for average, tile in ((13, 16), (20, 32), (100, 64)):
+        padded = (seqlens + tile - 1) // tile * tile
+        layout = torch.full((2, int(padded.sum()) + 3), torch.nan)
+        starts = padded.cumsum(0) - padded
+        for begin, start, count in zip(cu.tolist(), starts.tolist(), seqlens.tolist(), strict=False):
+            layout[:, start : start + count] = x_scale[begin : begin + count].T
+        got = hpc.group_gemm_blockwise_fp8(x, w, seqlens, cu, layout, w_scale, num_seq_per_group_avg=average)
+        wide_x, wide_w = x.double() * expanded(x_scale, x.shape), w.double() * expanded(w_scale, w.shape)
+        exact = torch.einsum("tk,tnk->tn", wide_x, wide_w[groups])
+        judge("group_gemm_blockwise_fp8", got, exact, exact.bfloat16())
+
+
+def test_reformat_x_scale():
+    seqlens, capacity = torch.tensor([3, 0, 20, 16], dtype=torch.int32), 32
+    cu = torch.arange(5, dtype=torch.int32) * capacity
+    scales = torch.rand(4 * capacity, 2, generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(2, 4 * capacity)
+    for start, begin, count in ((0, 0, 3), (16, 2 * capacity, 20), (48, 3 * capacity, 16)):
+        expected[:, start : start + count] = scales[begin : begin + count].T
+    assert torch.equal(hpc.reformat_x_scale(scales, seqlens, cu, 10), expected)
+    output = torch.full((2, 4 * capacity), 9.0)
+    assert hpc.reformat_x_scale(scales, seqlens, cu, 10, output) is output
+    assert torch.equal(output, torch.where(expected > 0, expected, 9.0))
 
 
 # ---- sampling
