@@ -5,6 +5,7 @@
     {Family}RMSNorm                   rms_norm
     {Family}RotaryEmbedding, apply_rotary_pos_emb   one float32 table for a forward pass, and rope
     {Family}MLP                       two products into one buffer, and silu_and_mul or gelu_and_mul
+    {Family}Experts (ExpertsInterface)              fused_moe
 
 Everything is set on the instances of one model and taken off by `disable`; classes and modules of transformers stay as they
 are, but for two entries under our name in its registries. A call that we cannot express raises NotSupported.
@@ -24,11 +25,13 @@ from penstock.core.op import NotSupported
 from penstock.ops.activation.gelu_and_mul import gelu_and_mul
 from penstock.ops.activation.silu_and_mul import silu_and_mul
 from penstock.ops.attention.prefill import attention_prefill
+from penstock.ops.moe.fused_moe import fused_moe
 from penstock.ops.norm.rms_norm import rms_norm
 from penstock.ops.rotary.rope import rope
 
 # The host's continuous batching takes an attention by its name: one with "flash" in it gets cumulative lengths and no mask.
 ATTENTION = "penstock_flash"
+EXPERTS = "penstock"
 _ENABLED = "_penstock_enabled"
 _ABSENT = ...  # survives copy.deepcopy
 
@@ -191,6 +194,34 @@ def _swap_mlp(swap: _Swap, module: nn.Module, family: Family) -> str | None:
 
     swap.forward(module, forward, "gelu_and_mul" if "gelu" in name else "silu_and_mul")
     return None
+
+
+def _swap_experts(swap: _Swap, module: Any, family: Family) -> str | None:
+    from transformers.activations import ACT2FN
+    from transformers.integrations.moe import ExpertsInterface
+
+    faults = {
+        f"the activation {type(module.act_fn).__name__}": type(module.act_fn) is not type(ACT2FN["silu"]),
+        "experts without a gate": not module.has_gate,
+        "biases": module.has_bias,
+        "transposed or interleaved weights": module.is_transposed or not module.is_concatenated,
+        "experts of several ranks": module._is_expert_parallel,
+    }
+    found = [name for name, given in faults.items() if given]
+    if found:
+        return f"no operator for {', '.join(found)}"
+    ExpertsInterface.register(EXPERTS, mix)
+    for config in (module.config, swap.model.config):
+        if config._experts_implementation != EXPERTS:
+            swap.set(config, "_experts_implementation_internal", EXPERTS)
+    swap.report.replaced[type(module).__name__, "fused_moe"] += 1
+    return None
+
+
+def mix(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts of each token for ExpertsInterface: hidden_states [tokens, width], indices and weights [tokens, k]."""
+    _refuse_gradients(module, hidden_states, module.gate_up_proj)
+    return fused_moe(hidden_states, module.gate_up_proj, module.down_proj, top_k_index.int(), top_k_weights.float())
 
 
 def _swap_rotary(swap: _Swap, module: nn.Module, family: Family) -> str | None:
@@ -407,6 +438,7 @@ def attend(
 _SWAPS: dict[str, Callable[[_Swap, Any, Family], str | None]] = {
     "RMSNorm": _swap_norm,
     "MLP": _swap_mlp,
+    "Experts": _swap_experts,
     "RotaryEmbedding": _swap_rotary,
     "Attention": _swap_attention,
 }

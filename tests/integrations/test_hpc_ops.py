@@ -354,15 +354,16 @@ def normalised(x, weight):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight.to(x.dtype)
 
 
-@pytest.fixture(params=["prefill", "decode", "padded decode"])
+@pytest.fixture(params=["prefill", "longer prefill", "decode", "padded decode"])
 def packed(request):
-    """A packed batch: q_lens tokens of each request, the last of totals; in the padded one, rows and requests of nothing."""
-    q_lens, totals = ([5, 1, 20], [5, 9, 23]) if request.param == "prefill" else ([2, 2, 2], [11, 2, 17])
+    """q_lens packed tokens of each request, the last of its totals; longer: rows of no request; padded: requests of none."""
+    is_prefill = "prefill" in request.param
+    q_lens, totals = ([5, 1, 20], [5, 9, 23]) if is_prefill else ([2, 2, 2], [11, 2, 17])
     Hq, Hkv, dim, page_size = 6, 2, 32, 8
     generator = torch.Generator().manual_seed(len(request.param))
-    padding = 4 if request.param == "padded decode" else 0
+    padding, longer = 4 * (request.param == "padded decode"), 3 * (request.param == "longer prefill")
     rows = sum(q_lens)
-    qkv = torch.randn(rows + padding, (Hq + 2 * Hkv) * dim, generator=generator).bfloat16()
+    qkv = torch.randn(rows + padding + longer, (Hq + 2 * Hkv) * dim, generator=generator).bfloat16()
     table = torch.randperm(16, generator=generator)[: 3 * 3].view(3, 3).int()
     index = torch.tensor([0, *torch.tensor(q_lens).cumsum(0).tolist()] + [rows + padding] * (padding > 0), dtype=torch.int32)
     seqlens = torch.tensor(totals + [0] * (padding > 0), dtype=torch.int32)
@@ -371,7 +372,7 @@ def packed(request):
     positions = torch.cat([torch.arange(total - n, total) for n, total in zip(q_lens, totals, strict=True)])
     owner = torch.repeat_interleave(torch.arange(3), torch.tensor(q_lens))
     return {
-        "arguments": (qkv, torch.cat((angles.cos(), angles.sin()), -1), seqlens, index, tables, request.param == "prefill"),
+        "arguments": (qkv, torch.cat((angles.cos(), angles.sin()), -1), seqlens, index, tables, is_prefill),
         "weights": {
             "q_norm_weight": torch.rand(dim, generator=generator),
             "k_norm_weight": torch.rand(dim, generator=generator),
@@ -439,6 +440,7 @@ def test_rope_norm_store_kv_fp8(packed, quant_policy):
         assert scale.shape == (requests, 6, 128)
         of_rows = torch.cat([scale[b, :, :n].T for b, n in enumerate(packed["q_lens"])])
         back = stored[:rows].float() * of_rows[..., None]
+        assert all(not scale[b, :, n:].any() for b, n in enumerate(packed["q_lens"])), "a row of no request has a scale"
     else:
         assert scale.shape == (stored.shape[0], 6)
         back = stored[:rows].float() * scale[:rows, :, None]

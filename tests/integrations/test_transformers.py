@@ -41,6 +41,8 @@ def build(case, **changes):
     else:
         model = build_known(case, **changes)
     model.set_attn_implementation("eager")
+    if case == "qwen3-moe":
+        model.set_experts_implementation("eager")
     return model
 
 
@@ -60,7 +62,7 @@ def models():
 @pytest.fixture
 def counted(monkeypatch):
     """How often each of our operators was called."""
-    counts = dict.fromkeys(("attention_prefill", "rms_norm", "rope", "gate"), 0)
+    counts = dict.fromkeys(("attention_prefill", "rms_norm", "rope", "gate", "fused_moe"), 0)
 
     def counting(name, function):
         def call(*args, **kwargs):
@@ -69,7 +71,7 @@ def counted(monkeypatch):
 
         return call
 
-    for name in ("attention_prefill", "rms_norm", "rope"):
+    for name in ("attention_prefill", "rms_norm", "rope", "fused_moe"):
         monkeypatch.setattr(integration, name, counting(name, getattr(integration, name)))
     for activation, gate in list(integration.GATES.items()):
         monkeypatch.setitem(integration.GATES, activation, counting("gate", gate))
@@ -124,11 +126,11 @@ def test_greedy_tokens_are_those_of_the_host(case, models, counted):
     mlps = next(n for name, n in replaced.items() if name.endswith("MLP"))
     assert norms == sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
     assert mlps == (1 if case == "qwen3-moe" else layers)
-    wanted = {"attention_prefill": layers, "rope": layers, "rms_norm": norms, "gate": mlps}
+    wanted = {"attention_prefill": layers, "rope": layers, "rms_norm": norms, "gate": mlps, "fused_moe": layers - mlps}
     assert counted == {name: passes * n for name, n in wanted.items()}
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("case", ["llama", "mistral", "gemma3", "qwen3-moe"])
 def test_generate_batch_gives_the_tokens_of_generate(case, models, counted):
     model = models(case)
     lengths = (17, 3, 26)
@@ -148,7 +150,7 @@ def test_generate_batch_gives_the_tokens_of_generate(case, models, counted):
     assert counted["attention_prefill"] > 0 and counted["attention_prefill"] == counted["rope"]
 
 
-@pytest.mark.parametrize("case", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("case", ["qwen3", "gemma2", "qwen3-moe"])
 def test_bfloat16_is_no_further_from_float64_than_the_host(case):
     ids, _ = prompts()
     model = build(case)
@@ -283,6 +285,9 @@ def test_what_is_not_known_is_left_with_its_reason(models):
     assert ("LlamaMLP", "its projection is a Sequential, not torch's Linear") in left
     assert ("LlamaMLP", "no operator for the activation ReLU") in left
     assert any(name == "Embedding" for name, _ in left)
+    mixture = build("qwen3-moe")
+    mixture.model.layers[0].mlp.experts.act_fn = nn.ReLU()
+    assert ("Qwen3MoeExperts", "no operator for the activation ReLU") in enable(mixture).left
     tiny = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9, bos_token_id=0, eos_token_id=0)
     with pytest.raises(NotSupported, match="not one of our families"):
         enable(transformers.GPT2LMHeadModel(tiny))

@@ -109,8 +109,6 @@ def test_attention_stores_and_attends(step, order, options):
     }[order]
     kv_cache = torch.full(shape, torch.nan, dtype=torch.bfloat16)
     kv_cache = {"tokens first": kv_cache.transpose(1, 2), "layers inside": kv_cache[:, 1]}.get(order, kv_cache)
-    k_cache, v_cache = ours.split_cache(kv_cache)
-
     order_of_pages = torch.randperm(pages, generator=generator).tolist()
     table = torch.zeros(len(front + rest), 3, dtype=torch.int32)
     slots, requests, padding = [], [], 2
@@ -122,8 +120,7 @@ def test_attention_stores_and_attends(step, order, options):
         k, v = torch.randn(2, total, Hkv, D, generator=generator).bfloat16()
         at = torch.tensor([mine[i // page_size] * page_size + i % page_size for i in range(total)])
         for i in range(total - new):
-            k_cache[at[i] // page_size, at[i] % page_size] = k[i]
-            v_cache[at[i] // page_size, at[i] % page_size] = v[i]
+            kv_cache[at[i] // page_size, :, at[i] % page_size] = torch.cat((k[i], v[i]), -1)
         slots.append(at[total - new :])
         new_keys.append(k[total - new :])
         new_values.append(v[total - new :])
