@@ -29,4 +29,12 @@ CHECK = Variable(
     "'values' also checks what tensors hold (index ranges, offsets); it reads device data and is slow.",
 )
 API_KEY = Variable("PENSTOCK_API_KEY", (), "", "What clients of `penstock serve` must send; empty asks for nothing.")
-VARIABLES = (CHECK, API_KEY)
+HPC = Variable(
+    "PENSTOCK_HPC",
+    ("0", "1"),
+    "0",
+    "'1' makes our operators the module `hpc` in worker processes of vLLM and SGLang, in place of hpc-ops.",
+)
+VLLM = Variable("PENSTOCK_VLLM", ("0", "1"), "0", "'1' gives vLLM our attention, norms and activations.")
+SGLANG = Variable("PENSTOCK_SGLANG", ("0", "1"), "0", "'1' gives SGLang our attention backend.")
+VARIABLES = (CHECK, API_KEY, HPC, VLLM, SGLANG)
