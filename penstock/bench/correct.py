@@ -148,7 +148,7 @@ def _parts(op: Op, arguments: Arguments) -> Iterator[tuple[Arguments, Tensor | N
         for stop in sorted({begin + QUERY_ROWS, begin + (end - begin) // 2, end}):
             stop = min(stop, end)
             start = max(begin, stop - QUERY_ROWS)
-            if arguments.get("block_mask") is not None:
+            if arguments.get("block_mask") is not None and begin < stop:
                 # The rows of a part lie in one block of the mask, from its first row on.
                 start = begin + (stop - 1 - begin) // MASK_BLOCK * MASK_BLOCK
             if start == stop:

@@ -169,7 +169,7 @@ class Op:
 
     def choices(self) -> dict[str, dict[str, str]]:
         """The implementations picked since the start, each with why those before it were passed over, as last seen."""
-        return {name: dict(passed_over) for name, passed_over in self._choices.items()}
+        return {name: dict(passed_over) for name, passed_over in list(self._choices.items())}
 
     # ---- choosing
 

@@ -56,6 +56,7 @@ class StepPlan:
     freed: list[int]  # slots whose request ended or was preempted since the last plan
     draft_probs: dict[int, Any] = field(default_factory=dict)  # slot → [V] of each guess, drawn from it; absent: certain
     wants_probs: bool = False  # answer with the distributions that were drawn from; no Work then has guesses
+    masks: dict[int, list[bytes]] = field(default_factory=dict)  # slot → tokens that its rows may sample, a bit each
 
     @property
     def num_tokens(self) -> int:

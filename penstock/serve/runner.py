@@ -152,7 +152,7 @@ class Runner:
         if plan.wants_probs:
             token_ids, probs = self.sampler.draw(logits, slots, num_outputs)
             return StepResult(token_ids, {}, probs)
-        return StepResult(*self.sampler.sample(logits, slots, num_outputs, drafts, plan.draft_probs))
+        return StepResult(*self.sampler.sample(logits, slots, num_outputs, drafts, plan.draft_probs, plan.masks))
 
     def _q_len(self, plan: StepPlan) -> tuple[int, DecodeGraphs | None] | None:
         """Tokens of each request, and what was recorded for as many, where attention_decode does the whole step."""

@@ -14,6 +14,7 @@ from penstock.serve.plan import SlotInit, TokenLogprobs
 _TEMPERATURE, _TOP_P, _MIN_P, _REPETITION, _PRESENCE, _FREQUENCY = range(6)
 NO_DRAFTS: Mapping[int, Sequence[int]] = MappingProxyType({})
 NO_PROBS: Mapping[int, Sequence[Tensor]] = MappingProxyType({})
+NO_MASKS: Mapping[int, Sequence[bytes]] = MappingProxyType({})
 
 
 class Sampler:
@@ -36,6 +37,7 @@ class Sampler:
         self._penalised: set[int] = set()
         self._held: set[int] = set()  # slots with min_tokens
         self._reported: set[int] = set()  # slots with logprobs
+        self._biased: set[int] = set()  # slots with logit_bias
         self._rows: list[int] = []  # the slots that _gathered was made for
         self._gathered: dict[str, Any] = {}
         self._greedy = True  # no row of _gathered is drawn, so that offsets do not matter
@@ -56,6 +58,8 @@ class Sampler:
             self._held.add(slot)
         if params.logprobs is not None:
             self._reported.add(slot)
+        if params.logit_bias:
+            self._biased.add(slot)
         if penalties != (1.0, 0.0, 0.0):
             self._penalised.add(slot)
             self._count(new)
@@ -63,7 +67,7 @@ class Sampler:
     def release(self, slot: int) -> None:
         """The request of a slot is gone; a slot that is free already stays so."""
         self.params.pop(slot, None)
-        for slots in (self._drawn, self._penalised, self._held, self._reported):
+        for slots in (self._drawn, self._penalised, self._held, self._reported, self._biased):
             slots.discard(slot)
         self._rows = []
 
@@ -74,6 +78,7 @@ class Sampler:
         num_outputs: list[int],
         drafts: Mapping[int, Sequence[int]] = NO_DRAFTS,
         draft_probs: Mapping[int, Sequence[Tensor]] = NO_PROBS,
+        masks: Mapping[int, Sequence[bytes]] = NO_MASKS,
     ) -> tuple[dict[int, list[int]], dict[int, list[TokenLogprobs]]]:
         """The next tokens of each slot, and their log-probabilities for the slots that want them.
 
@@ -84,16 +89,18 @@ class Sampler:
             drafts: slot → guesses; a guess that is drawn itself is right, and the next row then counts.
             draft_probs: slot → for each guess the distribution [V] that it was drawn from; it is then accepted or replaced so
                 that the tokens have the distribution of the model.
+            masks: slot → for each of its rows the tokens that may be sampled, bit t % 8 of byte t // 8 for token t.
         """
-        if not (self._drawn or self._penalised or self._held or self._reported):
+        changed = bool(self._penalised or self._held or self._biased or masks)
+        if not (self._drawn or self._reported or changed):
             # numpy is several times as fast as torch on a CPU
             best = logits.argmax(-1).tolist() if logits.is_cuda else logits.numpy().argmax(-1).tolist()
             return matched(best, slots, drafts), {}
         if slots != self._rows:
             self._gather(slots)
         reported = bool(self._reported) and not self._reported.isdisjoint(slots)
-        raw = logits.clone() if reported and (self._penalised or self._held) else logits
-        self._adjust(logits, slots, num_outputs, drafts)
+        raw = logits.clone() if reported and changed else logits
+        self._adjust(logits, slots, num_outputs, drafts, masks)
         offsets = self._any_offsets if self._greedy else torch.tensor(num_outputs, dtype=torch.int64).to(self.device)
         token_ids = matched(sample(logits, offsets=offsets, **self._gathered).tolist(), slots, drafts)
         verified = [slot for slot in drafts if slot in self._drawn and slot in draft_probs]
@@ -107,7 +114,7 @@ class Sampler:
         """The next token of each slot, and the distribution [V] that it was drawn from where the temperature is not 0."""
         if slots != self._rows:
             self._gather(slots)
-        self._adjust(logits, slots, num_outputs, NO_DRAFTS)
+        self._adjust(logits, slots, num_outputs, NO_DRAFTS, NO_MASKS)
         index = torch.tensor(slots, dtype=torch.int64)
         temperature, top_p, min_p = (row.to(self.device) for row in self.numbers[:3].index_select(1, index))
         drawn = restricted(logits, temperature, self.top_k.index_select(0, index).to(self.device), top_p, min_p)
@@ -119,12 +126,23 @@ class Sampler:
         probs = drawn.softmax(-1)
         return token_ids, {slot: probs[row] for row, slot in enumerate(slots) if slot in self._drawn}
 
-    def _adjust(self, logits: Tensor, slots: list[int], num_outputs: list[int], drafts: Mapping[int, Sequence[int]]) -> None:
+    def _adjust(
+        self,
+        logits: Tensor,
+        slots: list[int],
+        num_outputs: list[int],
+        drafts: Mapping[int, Sequence[int]],
+        masks: Mapping[int, Sequence[bytes]],
+    ) -> None:
         """All that changes logits before the temperature, in place."""
         if self._penalised:
             self._penalise(logits, slots, drafts)
         if self._held:
             self._hold(logits, slots, num_outputs)
+        if self._biased:
+            self._bias(logits, slots)
+        if masks:
+            self._forbid(logits, slots, masks)
 
     def _verify(
         self,
@@ -232,6 +250,24 @@ class Sampler:
                 rows += [row] * (len(tokens) - len(rows))
         if rows:
             logits[torch.tensor(rows, device=self.device), torch.tensor(tokens, device=self.device)] = -torch.inf
+
+    def _bias(self, logits: Tensor, slots: list[int]) -> None:
+        for row, slot in enumerate(slots):
+            if slot in self._biased:
+                tokens, values = zip(*self.params[slot].token_biases, strict=True)
+                index = torch.tensor(tokens, device=self.device)
+                logits[row].index_add_(0, index, torch.tensor(values, dtype=logits.dtype, device=self.device))
+
+    def _forbid(self, logits: Tensor, slots: list[int], masks: Mapping[int, Sequence[bytes]]) -> None:
+        """Minus infinity for the tokens that a mask leaves out."""
+        rows = [row for row, slot in enumerate(slots) if slot in masks]
+        left = {slot: iter(own) for slot, own in masks.items()}
+        words = torch.frombuffer(bytearray(b"".join(next(left[slots[row]]) for row in rows)), dtype=torch.uint8)
+        words = words.view(len(rows), -1).to(self.device)
+        bits = words[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=self.device) & 1
+        allowed = bits.flatten(1)[:, : self.vocab_size].bool()
+        where = torch.tensor(rows, device=self.device)
+        logits[where] = logits[where].masked_fill(~allowed, -torch.inf)
 
     def _report(
         self, logits: Tensor, slots: list[int], token_ids: Mapping[int, Sequence[int]]

@@ -32,12 +32,18 @@ def candidates(kind: str, rows: int, N: int, K: int) -> Iterator[TileConfig]:
     step = 64 if kind == "bf16" else 128
     if rows <= 64:
         for block_m in {max(16, rows), max(16, 2 * rows)} - {128}:
-            for block_n, warps in ((128, 4), (64, 4), (128, 8)):
-                for block_k in (step, 2 * step):
-                    for stages in (3, 4, 6):
-                        size = (block_m + block_n) * block_k * (2 if kind == "bf16" else 1)
-                        if size * stages <= 200_000 and (block_k == step or kind != "fp8_block"):
-                            yield TileConfig(block_m, block_n, block_k, warps, stages, True, True)
+            for block_n, block_k, warps in (
+                (128, step, 4),
+                (64, step, 4),
+                (128, step, 8),
+                (128, 2 * step, 4),
+                (64, 2 * step, 4),
+            ):
+                for stages in (3, 4, 6, 8):
+                    size = (block_m + block_n) * block_k * (2 if kind == "bf16" else 1) * stages
+                    if 40_000 <= size <= 200_000 and (block_k == step or kind != "fp8_block"):
+                        yield TileConfig(block_m, block_n, block_k, warps, stages, True, True)
+            yield TileConfig(block_m, 128, step, 4, 4, True, False)
         return
     for tma in (True, False):
         for block_m, block_n, warps, stages in ((128, 256, 8, 3), (128, 128, 8, 4), (64, 256, 8, 4), (64, 128, 4, 4)):

@@ -32,9 +32,10 @@ def candidates(kind: str, rows: int, I: int, K: int) -> Iterator[TileConfig]:
         for block_m in {max(16, rows), max(16, 2 * rows)} - {128}:
             for block_n in (128, 64) if kind == "bf16" else (128,):
                 for warps in (4, 8):
-                    for stages in (3, 4, 6):
+                    for stages in (2, 3, 4, 6):
                         if (block_m + 2 * block_n) * step * (2 if kind == "bf16" else 1) * stages <= 220_000:
                             yield TileConfig(block_m, block_n, step, warps, stages, True, True)
+            yield TileConfig(block_m, 128, step, 4, 3, True, False)
         return
     for tma in (True, False):
         for block_m, stages in ((128, 3), (64, 3), (64, 4)):
