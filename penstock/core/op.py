@@ -59,13 +59,14 @@ class Implementation:
 class Op:
     """An operator: call it like the function it wraps."""
 
-    def __init__(self, function: Callable[..., Any], schema: str, spec: Spec, exact: bool = False):
+    def __init__(self, function: Callable[..., Any], schema: str, spec: Spec, exact: bool = False, tile: int | None = None):
         functools.update_wrapper(self, function)
         self.function = function
         self.name = function.__name__
         self.module = function.__module__
         self.contract = Contract(self.name, spec)
         self.exact = exact
+        self.tile = tile
         self.implementations: dict[str, Implementation] = {}
         self.definition: Callable[..., Any] | None = None
         self._baseline: Callable[..., Any] | None = None
@@ -266,10 +267,11 @@ class Op:
         torch.library.register_fake(f"penstock::{self.name}", lambda *args: None, lib=_LIBRARY)
 
 
-def op(schema: str, spec: Spec, exact: bool = False) -> Callable[[Callable[..., Any]], Op]:
+def op(schema: str, spec: Spec, exact: bool = False, tile: int | None = None) -> Callable[[Callable[..., Any]], Op]:
     """Makes an operator of a public function; see the head of this file.
 
     Args:
         exact: every implementation returns the reference's very bits; there is no float64 oracle.
+        tile: results are judged by squares of this many rows and columns, so that one wrong tile of a matrix product shows.
     """
-    return lambda function: Op(function, schema, spec, exact)
+    return lambda function: Op(function, schema, spec, exact, tile)

@@ -55,7 +55,8 @@ def judge(name: str, got: Tensor, exact: Tensor, same_dtype: Tensor, tile: int |
         wrong = (got.cpu() != exact.cpu()).nonzero()
         assert len(wrong) == 0, f"{name}: {len(wrong)} integers differ, first at {wrong[0].tolist()}"
         return
-    got64, exact, same = got.detach().cpu().double(), exact.cpu().double(), same_dtype.cpu().double()
+    home = exact.device
+    got64, exact, same = got.detach().to(home).double(), exact.double(), same_dtype.to(home).double()
     special = ~exact.isfinite()
     agree = torch.where(exact.isnan(), got64.isnan(), got64 == exact)
     assert bool(agree[special].all()), f"{name}: infinities or NaNs are not where the reference has them"
@@ -178,4 +179,4 @@ def check_case(op: Op, impl: str, case: Case, device: torch.device | str = "cpu"
         if op.exact:
             judge_bits(title, got, wide)
         else:
-            judge(title, got, wide, narrow)
+            judge(title, got, wide, narrow, op.tile)

@@ -350,10 +350,10 @@ def candidates(d: int, dv: int, causal: bool, window: bool) -> Iterator[HopperCo
 @tuned(candidates)
 def configure(d: int, dv: int, causal: bool, window: bool) -> HopperConfig:
     """The default for head dimensions that are rounded up to 64, 128, 192 or 256."""
-    config = HopperConfig(2, 128 if max(d, dv) <= 128 or (d == 192 and dv == 128) else 64, 2, True)
-    more = replace(config, stages=4)
-    # Results of their own shared memory leave while the next tile's queries arrive; that is worth more than a stage.
-    return more if shape_of(d, dv, more).shared <= SHARED and not shape_of(d, dv, more).reuse else config
+    if max(d, dv) == 64:
+        # Three warpgroups read the keys two thirds as often, which the cheaper products of narrow heads wait for.
+        return HopperConfig(3, 128, 2, True)
+    return HopperConfig(2, 128 if max(d, dv) == 128 or (d, dv) == (192, 128) else 64, 2, True)
 
 
 def shape_of(d: int, dv: int, config: HopperConfig, **others: Any) -> Tile:

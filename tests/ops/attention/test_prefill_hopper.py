@@ -141,6 +141,13 @@ def test_head_dims(emulated, D, Dv, reuse):
     assert tile.reuse == reuse and tile.shared <= prefill_hopper.SHARED
 
 
+@pytest.mark.parametrize("d", [64, 128, 192, 256])
+@pytest.mark.parametrize("dv", [64, 128, 256])
+def test_configs_fit_in_shared_memory(d, dv):
+    for config in (prefill_hopper.configure(d, dv, True, False), *prefill_hopper.candidates(d, dv, True, False)):
+        assert prefill_hopper.shape_of(d, dv, config).shared <= prefill_hopper.SHARED
+
+
 @pytest.mark.parametrize(("page_size", "head_major"), [(16, True), (64, False), (256, True)])
 def test_pages(emulated, page_size, head_major):
     emulated()
