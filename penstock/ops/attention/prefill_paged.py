@@ -193,7 +193,7 @@ def _hopper_supports(
 
 # The spill is at D = 256, as where keys are packed.
 @attention_prefill_paged.impl(
-    "hopper", needs=("wgmma", "tma", "triton"), supports=_hopper_supports, instructions=("HGMMA", "UTMALDG"), spill_bytes=32
+    "hopper", needs=("wgmma", "tma", "triton"), supports=_hopper_supports, instructions=("HGMMA", "UTMALDG"), spill_bytes=40
 )
 def _hopper(
     out: Tensor,

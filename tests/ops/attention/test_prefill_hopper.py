@@ -59,7 +59,7 @@ def call(op, drawn, config=None):
     out = torch.full((*drawn["q"].shape[:2], values.shape[-1]), float("nan"), dtype=drawn["q"].dtype)
     lse = torch.full(drawn["q"].shape[:2], float("nan"))
     with nullcontext() if config is None else prefill_hopper.configure.forced(config):
-        op.implementations["hopper"].launch(out, lse, *[given[argument.name] for argument in op.arguments[2:]])
+        op.implementations["hopper"].launch(out, lse, *[given.get(argument.name) for argument in op.arguments[2:]])
     return out, lse
 
 
