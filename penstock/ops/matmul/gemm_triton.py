@@ -22,8 +22,6 @@ BAND = 16
 WIDE = ((128, 256, 4, 3), (256, 128, 4, 3), (128, 128, 4, 4), (128, 256, 8, 3), (128, 256, 8, 4))
 # Programs that a split may make on a multiprocessor.
 PROGRAMS_PER_SM = 2
-# Parts that one program adds up, one after another.
-MAX_SPLITS = 16
 
 
 @dataclass(frozen=True)
@@ -31,30 +29,33 @@ class GemmConfig(TileConfig):
     """A tile, and which kernel.
 
     Args:
-        split: K may be split so that every multiprocessor has work.
+        max_splits: parts that K may be divided into so that every multiprocessor has work.
         wide: the kernel of wide_triton.py, where the call allows it.
     """
 
-    split: bool = False
+    max_splits: int = 1
     wide: bool = False
 
 
 def candidates(kind: str, rows: int, N: int, K: int) -> Iterator[GemmConfig]:
     """Configs worth timing."""
-    step = 64 if kind in ("bf16", "pair") else 128
-    size = 2 if step == 64 else 1
+    step = 64 if kind == "pair" else 128
     if rows <= 128:
-        block_m = max(16, rows)
-        for block_n, block_k, warps in ((64, step, 4), (128, step, 4), (128, step, 8), (64, 2 * step, 4), (128, 2 * step, 4)):
-            for stages in (3, 4, 6, 8):
-                used = (block_m + block_n * (2 if kind == "pair" else 1)) * block_k * size * stages
-                if 30_000 <= used <= 200_000 and (block_k == step or kind != "fp8_block"):
-                    for tma in (True, False):
-                        yield GemmConfig(block_m, block_n, block_k, warps, stages, True, tma, split=True)
+        tiles = [(max(16, rows), 64, step), (max(16, rows), 128, step)]
+        if kind != "fp8_block":
+            tiles.append((max(16, rows), 64, 2 * step))
+        for max_splits in (8, 16, 32) if kind == "pair" else (2, 4, 8):
+            for block_m, block_n, block_k in tiles:
+                for stages in (4, 6):
+                    yield GemmConfig(block_m, block_n, block_k, 4, stages, True, True, max_splits)
+            if kind == "pair":
+                yield GemmConfig(64, 16, step, 4, 4, False, True, max_splits)
+                yield GemmConfig(64, 32, step, 4, 4, False, True, max_splits)
         return
-    for tma in (True, False):
-        for block_m, block_n, warps, stages in ((128, 256, 8, 3), (128, 128, 8, 4), (64, 256, 8, 4), (64, 128, 4, 4)):
-            yield GemmConfig(block_m, block_n, step, warps, stages, False, tma, split=kind != "fp8_block")
+    for block_m, block_n, warps, stages in ((128, 128, 8, 4), (128, 128, 8, 3), (64, 128, 4, 4), (64, 128, 4, 3)):
+        yield GemmConfig(block_m, block_n, step, warps, stages, False, True)
+        if rows <= 2048 and kind != "fp8_block":
+            yield GemmConfig(block_m, block_n, step, warps, stages, False, True, 4)
     if kind in ("fp8", "int8"):
         for block_m, block_n, warps, stages in WIDE:
             yield GemmConfig(block_m, block_n, step, warps, stages, False, True, wide=True)
@@ -70,15 +71,14 @@ def configure(kind: str, rows: int, N: int, K: int) -> GemmConfig:
     """
     step = 64 if kind == "pair" else 128
     if rows <= 64:
-        return GemmConfig(max(16, rows), 64, step, 4, 4, True, True, split=True)
+        return GemmConfig(max(16, rows), 64, step, 4, 4, True, True, 16 if kind == "pair" else 4)
     if kind == "pair":
-        return GemmConfig(64, 64, step, 4, 4, False, True, split=True)
+        return GemmConfig(64, 64, step, 4, 4, False, True, 8)
     if kind == "fp8_block":
         # Parts of K and block scales together do not fit in the registers of a larger tile.
-        few = GemmConfig(64, 128, step, 4, 4, False, True, split=True)
-        return few if rows <= 512 else GemmConfig(128, 128, step, 8, 3, False, True)
+        return GemmConfig(64, 128, step, 4, 4, False, True, 4 if rows <= 512 else 1)
     if rows <= 512:
-        return GemmConfig(128, 128, step, 8, 3, False, True, split=True)
+        return GemmConfig(128, 128, step, 8, 3, False, True, 4)
     return GemmConfig(128, 256 if N >= 256 else 128, step, 4, 3, False, True, wide=True)
 
 
@@ -182,9 +182,11 @@ def _gemm_kernel(
 
 def splits_of(tiles: int, steps: int, device: torch.device, config: GemmConfig) -> tuple[int, int]:
     """(parts that K is divided into, steps of each): enough that every multiprocessor has work, and no part empty."""
-    wanted = min(PROGRAMS_PER_SM * num_sms(device) // tiles, MAX_SPLITS, steps) if tiles <= COUNTERS and config.split else 1
-    each = triton.cdiv(steps, max(wanted, 1))
-    return max(1, triton.cdiv(steps, max(each, 1))), each
+    wanted = 1
+    if tiles <= COUNTERS:
+        wanted = max(1, min(PROGRAMS_PER_SM * num_sms(device) // tiles, config.max_splits, steps))
+    each = max(1, triton.cdiv(steps, wanted))
+    return max(1, triton.cdiv(steps, each)), each
 
 
 def launch(

@@ -236,3 +236,11 @@ def find_tile(offsets_ptr, tile, num_rows, tiles_n, E: tl.constexpr, TAIL: tl.co
     stop = tl.sum(tl.where(here, end, 0), 0)
     tile_m, tile_n = walk(tile - before * tiles_n, tl.maximum(tiles_m, 1), tiles_n, BAND)
     return tl.where(group < COUNT, group, -1), first + tile_m * BM, stop, tile_n
+
+
+@triton.jit
+def own_tile(ids_ptr, tile, tiles_n, first_id, E: tl.constexpr):
+    """What find_tile answers when every row is a group of its own, whose expert is ids[row] - first_id."""
+    row = tile // tiles_n
+    group = tl.load(ids_ptr + row) - first_id
+    return tl.where((group >= 0) & (group < E), group, -1), row, row + 1, tile % tiles_n

@@ -118,6 +118,8 @@ def _relation(
     E = w_gate_up.shape[0]
     if not 1 <= E <= MAX_EXPERTS:
         return "w_gate_up", f"must have 1 to {MAX_EXPERTS} experts, got {E}"
+    if w_down.shape[2] == 0:
+        return "w_down", "must have at least one channel of the product, got 0"
     if topk_ids.shape[1] > MAX_TOP_K:
         return "topk_ids", f"must have at most {MAX_TOP_K} experts a token, got {topk_ids.shape[1]}"
     # The float64 oracle comes with float64 for every float.
