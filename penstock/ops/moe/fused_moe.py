@@ -196,7 +196,9 @@ def _compute(
             product = product.to(rounded).to(product.dtype)
         y = multiply(product, dequantised(w_down[expert], scales[1], format, weight=True), BLOCK)
         outputs[slots] = y if rounded is None else y.to(rounded).to(y.dtype)
-    total = (outputs.view(T, k, x.shape[1]) * topk_weights.to(wide.dtype)[..., None]).sum(1)
+    inside = (topk_ids >= expert_offset) & (topk_ids < expert_offset + E)
+    weights = torch.where(inside, topk_weights, 0).to(wide.dtype)
+    total = (outputs.view(T, k, x.shape[1]) * weights[..., None]).sum(1)
     return total if shared_output is None else total + shared_output
 
 
