@@ -94,7 +94,7 @@ def _conv_kernel(
         x = tl.load(
             x_ptr + source.to(tl.int64)[:, None] * x_row + columns[None, :], mask & (source >= begin)[:, None], other=0.0
         ).to(tl.float32)
-        if HAS_STATE and k < TAPS - 1:
+        if HAS_STATE and k < TAPS - 1:  # noqa: SIM102
             if segment == 0:
                 step = source - begin + (TAPS - 1)
                 early = mask & (source < begin)[:, None]
@@ -103,7 +103,7 @@ def _conv_kernel(
     if SILU:
         value = silu(value)
     tl.store(out_at, value.to(out_ptr.dtype.element_ty), mask)
-    if HAS_STATE and TAPS > 1:
+    if HAS_STATE and TAPS > 1:  # noqa: SIM102
         if segment == 0:
             keep = tl.arange(0, TAPS_PADDED)
             origin = stop - (TAPS - 1) + keep
@@ -113,9 +113,9 @@ def _conv_kernel(
             ).to(tl.float32)
             # A request shorter than the taps keeps some of its old state.
             older = origin - begin + (TAPS - 1)
-            kept += tl.load(
-                state_rows[None, :] + older[:, None] * state_step, live & (origin < begin)[:, None], other=0.0
-            ).to(tl.float32)
+            kept += tl.load(state_rows[None, :] + older[:, None] * state_step, live & (origin < begin)[:, None], other=0.0).to(
+                tl.float32
+            )
             # Other threads of this program still read what this one overwrites.
             tl.debug_barrier()
             tl.store(state_rows[None, :] + keep[:, None] * state_step, kept.to(state_ptr.dtype.element_ty), live)

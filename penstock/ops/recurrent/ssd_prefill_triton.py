@@ -91,7 +91,7 @@ def _raw(dt_ptr, dt_row, head, rows, end):
 
 @triton.jit
 def _steps(raw, a, bias, left, dt_min, dt_max, SOFTPLUS: tl.constexpr):
-    """(running decay in powers of two, step, decay of the chunk) of a chunk; tokens past the `left` that are there have no step."""
+    """(running decay in powers of two, step, decay of it all) of a chunk; tokens past the first `left` have no step."""
     step = raw.to(tl.float32) + bias
     if SOFTPLUS:
         step = softplus(step)
@@ -233,7 +233,9 @@ def _segment_states_kernel(
 
 
 @triton.jit
-def _entering(initial_ptr, work_ptr, decay_ptr, own, place, segment, H, cell, inside, SIZE: tl.constexpr, HAS_INITIAL: tl.constexpr):
+def _entering(
+    initial_ptr, work_ptr, decay_ptr, own, place, segment, H, cell, inside, SIZE: tl.constexpr, HAS_INITIAL: tl.constexpr
+):
     """The state at the start of a segment of one head: the initial one, decayed, and what each segment before it left.
 
     Args:
@@ -244,7 +246,7 @@ def _entering(initial_ptr, work_ptr, decay_ptr, own, place, segment, H, cell, in
         h = tl.load(initial_ptr + own * SIZE + cell, inside, other=0.0).to(tl.float32)
     else:
         h = cell.to(tl.float32) * 0.0
-    for earlier in range(0, segment):
+    for earlier in range(segment):
         slot = place + earlier * H
         left = tl.load(work_ptr + slot * SIZE + cell, inside, other=0.0)
         h = h * tl.exp2(tl.load(decay_ptr + slot)) + left
@@ -252,7 +254,9 @@ def _entering(initial_ptr, work_ptr, decay_ptr, own, place, segment, H, cell, in
 
 
 @triton.jit
-def _put(out_base, z_base, y, x, d, at, end, out_row, z_row, order, p, P: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr):
+def _put(
+    out_base, z_base, y, x, d, at, end, out_row, z_row, order, p, P: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr
+):
     """Stores y with the skip connection and the gate."""
     if HAS_D:
         y += d * x.to(tl.float32)

@@ -6,7 +6,6 @@ logits = decoder.logits(hidden[last_rows])              # float32 [n, V]
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,25 +25,10 @@ from penstock.ops import (
     silu_and_mul,
     store_kv,
 )
+from penstock.serve.models.batch import Batch
+from penstock.serve.models.mixer import MambaMixer
 from penstock.serve.models.spec import LayerSpec, ModelSpec
 from penstock.serve.models.weights import LayerWeights, Weights
-
-
-@dataclass(slots=True)
-class Batch:
-    """What one step computes besides its token ids: decode rows first, then prefill rows.
-
-    T tokens and B requests in all, of which the first num_decodes are decodes with one token each.
-    """
-
-    positions: Tensor  # [T] int32
-    slots: Tensor  # [T] int32, where each token's key and value go; negative: nowhere
-    page_table: Tensor  # [B, maxpages] int32
-    seqlens_k: Tensor  # [B] int32, the new tokens included
-    num_decodes: int
-    cu_seqlens_q: Tensor | None = None  # [B - num_decodes + 1] int32, of the prefill rows; None without any
-    max_seqlen_q: int = 1
-    decode_plan: tuple[Tensor, ...] | None = None
 
 
 class Decoder:
@@ -57,6 +41,7 @@ class Decoder:
         caches: Sequence[tuple[Tensor, Tensor]],
         *,
         max_model_len: int,
+        states: Sequence[tuple[Tensor, Tensor]] = (),
     ):
         self.embedding = weights.embedding
         self.lm_head = weights.lm_head
@@ -72,11 +57,11 @@ class Decoder:
         # transformers multiplies by the scale rounded to the model's dtype: 55.4256 becomes 55.5 in bfloat16
         scale = spec.embedding_scale
         self.embedding_scale = None if scale is None else torch.tensor(scale, dtype=dtype).item()
+        self.logit_scale = spec.logit_scale
+        kept, carried = iter(caches), iter(states)
         self.layers = [
-            DecoderLayer(spec, layer, own, cache, tables[layer.rope], next_norm)
-            for layer, own, cache, next_norm in zip(
-                spec.layers, weights.layers, caches, [*inputs[1:], weights.norm], strict=True
-            )
+            DecoderLayer(spec, layer, own, next(carried if layer.mamba else kept), tables, next_norm)
+            for layer, own, next_norm in zip(spec.layers, weights.layers, [*inputs[1:], weights.norm], strict=True)
         ]
 
     def forward(self, token_ids: Tensor, batch: Batch) -> Tensor:
@@ -90,10 +75,10 @@ class Decoder:
         return hidden
 
     def plan(self, seqlens_k: Tensor, page_size: int) -> tuple[Tensor, ...] | None:
-        """The schedule of attention_decode for these lengths [B], computed on the device; None on a CPU."""
-        if not seqlens_k.is_cuda:
+        """The schedule of attention_decode for these lengths [B], from the device; None on a CPU or without attention."""
+        layer = next((layer.spec for layer in self.layers if layer.mixer is None), None)
+        if layer is None or not seqlens_k.is_cuda:
             return None
-        layer = self.layers[0].spec
         return attention_decode_plan(
             seqlens_k,
             num_heads_q=layer.num_heads,
@@ -106,13 +91,15 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [n, V] of hidden states [n, H]."""
         logits = linear(hidden, self.lm_head).float()
+        if self.logit_scale is not None:
+            logits.mul_(self.logit_scale)
         if self.logit_softcap is not None:
             logits.div_(self.logit_softcap).tanh_().mul_(self.logit_softcap)
         return logits
 
 
 class DecoderLayer:
-    """Attention and MLP of one layer; leaves the residual added and normed for the layer that follows."""
+    """Attention or a Mamba mixer, and MLP, of one layer; leaves the residual added and normed for the layer that follows."""
 
     __slots__ = (
         "activation",
@@ -121,8 +108,10 @@ class DecoderLayer:
         "eps",
         "head_split",
         "k_cache",
+        "mixer",
         "next_norm",
         "offset",
+        "residual_scale",
         "spec",
         "v_cache",
         "weights",
@@ -134,16 +123,20 @@ class DecoderLayer:
         layer: LayerSpec,
         weights: LayerWeights,
         cache: tuple[Tensor, Tensor],
-        cos_sin: Tensor,
+        tables: Sequence[Tensor],
         next_norm: Tensor,
     ):
         self.spec = layer
         self.weights = weights
+        self.mixer: MambaMixer | None = None
+        if layer.mamba is not None and weights.mamba is not None:
+            self.mixer = MambaMixer(layer.mamba, weights.mamba, cache, model.norm_eps)
         self.k_cache, self.v_cache = cache
-        self.cos_sin = cos_sin
+        self.cos_sin = None if layer.rope is None or self.mixer is not None else tables[layer.rope]
         self.next_norm = next_norm
         self.eps = model.norm_eps
         self.offset = model.norm_weight_offset
+        self.residual_scale = model.residual_scale
         self.head_split = (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
         self.activation = _ACTIVATIONS[layer.activation]
         # a window of w keys, the query's own included, leaves w - 1 to its left
@@ -156,12 +149,23 @@ class DecoderLayer:
     def __call__(self, hidden: Tensor, residual: Tensor, batch: Batch) -> Tensor:
         """Normed [T, H] → normed for the next layer; adds to residual [T, H] in place."""
         own, eps, offset = self.weights, self.eps, self.offset
-        hidden = linear(self.attend(hidden, batch), own.o, own.o_bias)
+        if self.mixer is not None:
+            hidden = self.mixer(hidden, batch)
+        else:
+            assert own.o is not None
+            hidden = linear(self.attend(hidden, batch), own.o, own.o_bias)
+        if self.residual_scale is not None:
+            hidden.mul_(self.residual_scale)
+        if own.gate_up is None or own.down is None:
+            add_rms_norm(hidden, residual, self.next_norm, eps=eps, weight_offset=offset, out=(hidden, residual))
+            return hidden
         if own.post_attention_norm is not None:
             rms_norm(hidden, own.post_attention_norm, eps=eps, weight_offset=offset, out=hidden)
         add_rms_norm(hidden, residual, own.mlp_norm, eps=eps, weight_offset=offset, out=(hidden, residual))
         hidden = self.activation(linear(hidden, own.gate_up, own.gate_up_bias))
         hidden = linear(hidden, own.down, own.down_bias)
+        if self.residual_scale is not None:
+            hidden.mul_(self.residual_scale)
         if own.post_mlp_norm is not None:
             rms_norm(hidden, own.post_mlp_norm, eps=eps, weight_offset=offset, out=hidden)
         add_rms_norm(hidden, residual, self.next_norm, eps=eps, weight_offset=offset, out=(hidden, residual))
@@ -170,12 +174,14 @@ class DecoderLayer:
     def attend(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Attention output [T, Hq·D] before the output projection; stores the new keys and values."""
         own, total = self.weights, hidden.shape[0]
+        assert own.qkv is not None
         heads = linear(hidden, own.qkv, own.qkv_bias).view(total, -1, self.spec.head_dim)
         q, k, v = split_with_sizes(heads, self.head_split, 1)
         if own.q_norm is not None and own.k_norm is not None:
             rms_norm(q, own.q_norm, eps=self.eps, weight_offset=self.offset, out=q)
             rms_norm(k, own.k_norm, eps=self.eps, weight_offset=self.offset, out=k)
-        rope(q, k, self.cos_sin, batch.positions, out=(q, k))
+        if self.cos_sin is not None:
+            rope(q, k, self.cos_sin, batch.positions, out=(q, k))
         store_kv(k, v, self.k_cache, self.v_cache, batch.slots)
         return self.attention(q, batch).view(total, -1)
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -23,8 +24,40 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class MambaSpec:
+    """A Mamba-2 mixer, which stands in a layer in the place of attention."""
+
+    num_heads: int
+    head_dim: int
+    num_groups: int
+    state_size: int
+    conv_width: int
+    conv_bias: bool = True
+    proj_bias: bool = False
+    dt_limit: tuple[float, float] = (0.0, float("inf"))
+
+    @property
+    def inner_size(self) -> int:
+        """Columns of x and of its gate."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """x, B and C, which pass through the convolution together."""
+        return self.inner_size + 2 * self.num_groups * self.state_size
+
+    @property
+    def projected(self) -> int:
+        """The gate, what is convolved, and a step for each head."""
+        return self.inner_size + self.conv_channels + self.num_heads
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One decoder layer. `window` counts the keys a query sees, itself included; `rope` indexes ModelSpec.ropes."""
+    """One decoder layer. `window` counts the keys a query sees, itself included; `rope` indexes ModelSpec.ropes.
+
+    Without rope nothing is rotated. With `mamba` the layer has no attention and its fields mean nothing. mlp_size 0: no MLP.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -39,7 +72,8 @@ class LayerSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     post_norms: bool = False
-    rope: int = 0
+    rope: int | None = 0
+    mamba: MambaSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +89,13 @@ class ModelSpec:
     norm_eps: float
     norm_weight_offset: float = 0.0
     embedding_scale: float | None = None
+    residual_scale: float | None = None
+    logit_scale: float | None = None
     logit_softcap: float | None = None
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
+    renamed: tuple[tuple[str, str], ...] = ()  # parts of Llama's tensor names → what this architecture calls them
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelSpec":
@@ -83,16 +120,35 @@ class ModelSpec:
         return longest
 
     @property
+    def attention_layers(self) -> tuple[LayerSpec, ...]:
+        """Those with keys and values."""
+        return tuple(layer for layer in self.layers if layer.mamba is None)
+
+    @property
+    def mambas(self) -> tuple[MambaSpec, ...]:
+        """Those with recurrent state."""
+        return tuple(layer.mamba for layer in self.layers if layer.mamba is not None)
+
+    @property
     def num_parameters(self) -> int:
         """Weights in the checkpoint, norms and biases included."""
         total = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size
         for layer in self.layers:
-            q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-            total += self.hidden_size * (2 * q + 2 * kv + 3 * layer.mlp_size)
-            total += self.hidden_size * (4 if layer.post_norms else 2) + 2 * layer.head_dim * layer.qk_norm
-            total += (q + 2 * kv) * layer.qkv_bias + self.hidden_size * layer.o_bias
-            total += (2 * layer.mlp_size + self.hidden_size) * layer.mlp_bias
+            total += _mixer_parameters(layer, self.hidden_size) + self.hidden_size * (2 if layer.post_norms else 1)
+            if layer.mlp_size:
+                total += self.hidden_size * (3 * layer.mlp_size + (2 if layer.post_norms else 1))
+                total += (2 * layer.mlp_size + self.hidden_size) * layer.mlp_bias
         return total
+
+
+def _mixer_parameters(layer: LayerSpec, hidden: int) -> int:
+    mamba = layer.mamba
+    if mamba is not None:
+        total = hidden * (mamba.projected + mamba.inner_size) + (mamba.projected + hidden) * mamba.proj_bias
+        return total + mamba.conv_channels * (mamba.conv_width + mamba.conv_bias) + mamba.inner_size + 3 * mamba.num_heads
+    q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+    total = hidden * (2 * q + 2 * kv) + 2 * layer.head_dim * layer.qk_norm
+    return total + (q + 2 * kv) * layer.qkv_bias + hidden * layer.o_bias
 
 
 def read_spec(path: str | Path) -> ModelSpec:
@@ -226,7 +282,7 @@ def _model(
     config: Any,
     *,
     windows: Sequence[int | None] | None = None,
-    ropes: tuple[RopeSpec, ...] = (),
+    ropes: tuple[RopeSpec, ...] | None = None,
     rope_of_layer: Sequence[int] | None = None,
     activation: str | None = None,
     query_scale: float | None = None,
@@ -247,11 +303,10 @@ def _model(
             num_kv_heads=_kv_heads(config),
             head_dim=head_dim,
             query_scale=query_scale or head_dim**-0.5,
-            mlp_size=config.intermediate_size,
             activation=_ACTIVATIONS[activation],
             window=windows[i],
             rope=rope_of_layer[i] if rope_of_layer else 0,
-            **layer,
+            **{"mlp_size": config.intermediate_size, **layer},
         )
         for i in range(count)
     )
@@ -261,7 +316,7 @@ def _model(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         layers=layers,
-        ropes=ropes or (_rope(name, config, head_dim),),
+        ropes=(_rope(name, config, head_dim),) if ropes is None else ropes,
         max_position_embeddings=config.max_position_embeddings,
         norm_eps=config.rms_norm_eps,
         tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
@@ -324,6 +379,119 @@ def _gemma3(name: str, config: Any) -> ModelSpec:
     return _gemma(name, config, layer={"qk_norm": True}, ropes=ropes, rope_of_layer=local)
 
 
+def _hybrid(
+    name: str, config: Any, *, mlp_size: int, rope: int | None, ropes: tuple[RopeSpec, ...], **fields: Any
+) -> ModelSpec:
+    """Attention in some layers and Mamba-2 in the others, each followed by an MLP."""
+    bias, limit = bool(getattr(config, "attention_bias", False)), config.time_step_limit
+    mamba = MambaSpec(
+        num_heads=config.mamba_n_heads,
+        head_dim=config.mamba_d_head,
+        num_groups=config.mamba_n_groups,
+        state_size=config.mamba_d_state,
+        conv_width=config.mamba_d_conv,
+        conv_bias=bool(config.mamba_conv_bias),
+        proj_bias=bool(config.mamba_proj_bias),
+        dt_limit=(0.0, float("inf")) if limit is None else (float(limit[0]), float(limit[1])),
+    )
+    _check_mamba(name, mamba, config.hidden_act)
+    layer = {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(getattr(config, "mlp_bias", False)), "mlp_size": mlp_size}
+    spec = _model(name, config, ropes=ropes, layer=layer, **fields)
+    kinds = config.layers_block_type
+    layers = tuple(
+        replace(own, rope=rope) if kind == "full_attention" else replace(own, mamba=mamba)
+        for own, kind in zip(spec.layers, kinds, strict=True)
+    )
+    return replace(spec, layers=layers)
+
+
+def _check_mamba(name: str, mamba: MambaSpec, activation: str) -> None:
+    if activation != "silu":
+        raise ModelError(f"{name} with hidden activation {activation} is not supported; a Mamba-2 mixer gates with silu")
+    if mamba.num_groups < 1 or mamba.num_heads % mamba.num_groups:
+        raise ModelError(f"{name}: {mamba.num_heads} Mamba heads must be a multiple of {mamba.num_groups} groups")
+
+
+def _bamba(name: str, config: Any) -> ModelSpec:
+    # Half of each head is rotated: config classes fix it, published configs may name it.
+    rotated = _head_dim(name, config) // 2
+    parameters = dict(getattr(config, "rope_parameters", None) or {"rope_theta": 10_000.0})
+    parameters.pop("partial_rotary_factor", None)
+    ropes = (
+        _rope(
+            name, SimpleNamespace(rope_parameters=parameters, max_position_embeddings=config.max_position_embeddings), rotated
+        ),
+    )
+    names = (
+        ("mlp.", "feed_forward."),
+        ("post_attention_layernorm", "pre_ff_layernorm"),
+        ("model.norm.", "model.final_layernorm."),
+    )
+    return _hybrid(name, config, mlp_size=config.intermediate_size, rope=0, ropes=ropes, renamed=names)
+
+
+def _granite_hybrid(name: str, config: Any) -> ModelSpec:
+    if config.num_local_experts:
+        raise ModelError(
+            f"{name} with mixture-of-experts layers (num_local_experts={config.num_local_experts}) is not supported"
+        )
+    rotates = config.position_embedding_type == "rope"
+    ropes = (_rope(name, config, _head_dim(name, config)),) if rotates else ()
+    return _hybrid(
+        name,
+        config,
+        mlp_size=config.shared_intermediate_size,
+        rope=0 if rotates else None,
+        ropes=ropes,
+        query_scale=config.attention_multiplier,
+        embedding_scale=_unless_one(config.embedding_multiplier),
+        residual_scale=_unless_one(config.residual_multiplier),
+        logit_scale=_unless_one(1 / config.logits_scaling),
+        renamed=(("mlp.gate_up_proj", "shared_mlp.input_linear"), ("mlp.down_proj", "shared_mlp.output_linear")),
+    )
+
+
+def _unless_one(scale: float) -> float | None:
+    return None if scale == 1 else float(scale)
+
+
+def _mamba2(name: str, config: Any) -> ModelSpec:
+    mamba = MambaSpec(
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        num_groups=config.n_groups,
+        state_size=config.state_size,
+        conv_width=config.conv_kernel,
+        conv_bias=bool(config.use_conv_bias),
+        proj_bias=bool(config.use_bias),
+        dt_limit=(float(config.time_step_limit[0]), float(config.time_step_limit[1])),
+    )
+    _check_mamba(name, mamba, config.hidden_act)
+    layer = LayerSpec(num_heads=0, num_kv_heads=0, head_dim=0, query_scale=0.0, mlp_size=0, mamba=mamba)
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "bfloat16"
+    return ModelSpec(
+        architecture=name,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        layers=(layer,) * config.num_hidden_layers,
+        ropes=(),
+        max_position_embeddings=UNBOUNDED,
+        norm_eps=config.layer_norm_epsilon,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        eos_token_ids=_token_ids(config.eos_token_id),
+        dtype=str(dtype).removeprefix("torch."),
+        renamed=(
+            ("model.norm.", "backbone.norm_f."),
+            ("model.embed_tokens", "backbone.embeddings"),
+            ("model.", "backbone."),
+            ("input_layernorm", "norm"),
+            ("mamba.", "mixer."),
+        ),
+    )
+
+
+# A model without positions has no longest context; tables of the runtime need a number.
+UNBOUNDED = 1 << 20
 ARCHITECTURES: dict[str, Callable[[str, Any], ModelSpec]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
@@ -331,4 +499,7 @@ ARCHITECTURES: dict[str, Callable[[str, Any], ModelSpec]] = {
     "Qwen3ForCausalLM": _qwen3,
     "Gemma2ForCausalLM": _gemma2,
     "Gemma3ForCausalLM": _gemma3,
+    "Mamba2ForCausalLM": _mamba2,
+    "BambaForCausalLM": _bamba,
+    "GraniteMoeHybridForCausalLM": _granite_hybrid,
 }

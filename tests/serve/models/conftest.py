@@ -22,6 +22,10 @@ _LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_f
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
 _GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "final_logit_softcapping": 9.0}
 
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 8, "tie_word_embeddings": False}
+_MAMBA2 = {"num_heads": 8, "head_dim": 16, "state_size": 16, "chunk_size": 8, "n_groups": 1, "layer_norm_epsilon": 1e-5}
+_GRANITE = {"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "logits_scaling": 2.0, "attention_multiplier": 0.2}
+
 CASES = {
     "llama": ("Llama", {"rope_theta": 5000.0}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 32}),
@@ -45,6 +49,31 @@ CASES = {
             "sliding_window": 7,
             "num_hidden_layers": 3,
             "layer_types": [*_ALTERNATING["layer_types"], "sliding_attention"],
+        },
+    ),
+    "mamba2": ("Mamba2", _MAMBA2),
+    "mamba2-groups": ("Mamba2", {**_MAMBA2, "n_groups": 4, "use_bias": True}),
+    "bamba": ("Bamba", {**_MAMBA, "attn_layer_indices": [1], "num_hidden_layers": 3}),
+    "granite-hybrid": (
+        "GraniteMoeHybrid",
+        {
+            **_MAMBA,
+            **_GRANITE,
+            "mamba_n_groups": 2,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "granite-hybrid-rope": (
+        "GraniteMoeHybrid",
+        {
+            **_MAMBA,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "tie_word_embeddings": True,
+            "position_embedding_type": "rope",
+            "layer_types": ["full_attention", "linear_attention"],
         },
     ),
 }
