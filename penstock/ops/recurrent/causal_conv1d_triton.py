@@ -3,12 +3,14 @@
 The program of a request's first tile also writes its state: it alone reads the old one.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.core.tuning import tuned
 from penstock.ops.recurrent._segments_triton import locate, silu
 
 # Programs that clear the rows after the last request.
@@ -19,14 +21,22 @@ CLEARING = 4
 class Launch:
     """Tokens and channels of a tile."""
 
-    tokens: int = 32
-    channels: int = 128
-    num_warps: int = 4
+    tokens: int
+    channels: int
+    num_warps: int
 
 
-def configure(total: int, requests: int) -> Launch:
-    """Short tiles where requests are short: a tile never spans two."""
-    return Launch() if total >= 24 * requests else Launch(tokens=8)
+def candidates(short: bool) -> Iterator[Launch]:
+    """Wide tiles read whole rows, long tiles read fewer tokens twice."""
+    shapes = [(32, 128, 4), (16, 256, 4), (64, 64, 4), (64, 128, 8), (16, 128, 2), (16, 512, 4)]
+    for tokens, channels, num_warps in [(8, 128, 4), (4, 256, 4)] if short else shapes:
+        yield Launch(tokens, channels, num_warps)
+
+
+@tuned(candidates)
+def configure(short: bool) -> Launch:
+    """The default; `short`: requests of fewer than 24 tokens on the average, and a tile never spans two."""
+    return Launch(8, 128, 4) if short else Launch(32, 128, 4)
 
 
 @triton.jit(do_not_specialize=["total", "num_requests", "num_places"])
@@ -136,7 +146,7 @@ def launch(
     requests, taps = len(cu_seqlens) - 1, weight.shape[1]
     if channels == 0 or (total == 0 and (state is None or requests == 0)):
         return
-    config = configure(total, requests)
+    config = configure.on(x.device, total < 24 * requests)
     places = total // config.tokens + requests if requests else 0
     _conv_kernel[(triton.cdiv(channels, config.channels), places + CLEARING)](
         out,
