@@ -95,7 +95,7 @@ def _steps_kernel(
     HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """For each token: step; decay from the chunk's start through it, a power of two; step · decay from it to the chunk's end."""
+    """Of each token: step; decay from the chunk's start through it, a power of two; step · decay from it to the end."""
     heads = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     place = tl.program_id(1)
     _, _, first, end, stop = locate(cu_ptr, num_requests, place, CHUNK)
