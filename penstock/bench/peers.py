@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.bench.host import recorded
-from penstock.bench.inputs import Arguments
 from penstock.bench.timing import Call
 from penstock.core.op import Op
+from penstock.testing.budget import Arguments
 
 Peer = Callable[[Arguments], Call | str]
 
@@ -30,6 +30,7 @@ def peers_of(op: Op) -> dict[str, Peer]:
     """Every peer of an operator by name."""
     from penstock.bench.peers_flashinfer import FLASHINFER
     from penstock.bench.peers_mamba import MAMBA
+    from penstock.bench.peers_matmul import MATMUL
 
     room = op.module.split(".")[2] if op.module.startswith("penstock.ops.") else ""
     found: dict[str, Peer] = {}
@@ -38,6 +39,7 @@ def peers_of(op: Op) -> dict[str, Peer]:
     found.update(PEERS.get(op.name, {}))
     found.update(FLASHINFER.get(op.name, {}))
     found.update(MAMBA.get(op.name, {}))
+    found.update(MATMUL.get(op.name, {}))
     return found
 
 

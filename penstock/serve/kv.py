@@ -24,24 +24,35 @@ class PoolSize:
 class KVPool:
     """Pages of keys and values for every layer, in one allocation.
 
-    layers[i] is (k_cache, v_cache), each [P, S, Hkv, D], for the i-th layer with attention. Pages hold anything until they are
-    written.
+    layers[i], of the i-th layer with attention, is (k_cache, v_cache), each [P, S, Hkv, D]; with latent attention both are one
+    cache of latent rows. Pages hold anything until they are written.
     """
 
     def __init__(self, spec: ModelSpec, num_pages: int, page_size: int, *, dtype: torch.dtype, device: str | torch.device):
         heads = {(layer.num_kv_heads, layer.head_dim) for layer in spec.attention_layers}
         if len(heads) > 1:
             raise ModelError(f"the layers must agree in KV heads and head_dim, got {sorted(heads)}")
-        shape = (len(spec.attention_layers), 2, num_pages, page_size, *(heads.pop() if heads else (0, 0)))
+        parts = {_parts(layer) for layer in spec.attention_layers}
+        if len(parts) > 1:
+            raise ModelError("either all layers have latent attention, or none")
+        row = (parts.pop(), num_pages, page_size, *heads.pop()) if heads else (1, num_pages, page_size, 0, 0)
+        shape = (len(spec.attention_layers), *row)
         self.num_pages = num_pages
         self.page_size = page_size
         self.data = torch.empty(shape, dtype=dtype, device=device)
-        self.layers: list[tuple[Tensor, Tensor]] = [(pages[0], pages[1]) for pages in self.data]
+        self.layers: list[tuple[Tensor, Tensor]] = [(pages[0], pages[-1]) for pages in self.data]
+
+
+def _parts(layer: LayerSpec) -> int:
+    """Caches of a layer: keys and values, or latent rows that are both."""
+    return 2 if layer.latent is None else 1
 
 
 def page_bytes(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
     """Bytes of one page in all layers, keys and values."""
-    return sum(2 * page_size * layer.num_kv_heads * layer.head_dim for layer in spec.attention_layers) * dtype.itemsize
+    return (
+        sum(_parts(layer) * page_size * layer.num_kv_heads * layer.head_dim for layer in spec.attention_layers) * dtype.itemsize
+    )
 
 
 def size_pool(
@@ -100,10 +111,10 @@ def _columns(layer: LayerSpec) -> int:
     """Values that a layer's intermediates hold for each token."""
     mamba = layer.mamba
     if mamba is None:
-        mixer = (layer.num_heads * 2 + layer.num_kv_heads * 2) * layer.head_dim
+        mixed = (layer.num_heads * 2 + layer.num_kv_heads * 2) * layer.head_dim
     else:
-        mixer = mamba.projected + mamba.conv_channels + mamba.inner_size
-    return mixer + 3 * layer.mlp_size
+        mixed = mamba.projected + mamba.conv_channels + mamba.inner_size
+    return mixed + 3 * layer.mlp_size
 
 
 def host_memory() -> int:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from penstock.serve.models.spec import MambaSpec, ModelError, ModelSpec
+from penstock.serve.models.layer_spec import MambaSpec
+from penstock.serve.models.spec import ModelError, ModelSpec
 from penstock.serve.plan import StepPlan
 
 

@@ -7,10 +7,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Batch:
-    """Decode rows first, then prefill rows.
-
-    T tokens and B requests in all, of which the first num_decodes are decodes with one token each.
-    """
+    """Decode rows first, then prefill rows: T tokens and B requests, of which num_decodes are decodes with one token each."""
 
     positions: Tensor  # [T] int32
     slots: Tensor  # [T] int32, where each token's key and value go; negative: nowhere

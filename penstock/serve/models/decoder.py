@@ -5,8 +5,7 @@ hidden = decoder.forward(token_ids, batch)              # [T, H]
 logits = decoder.logits(hidden[last_rows])              # float32 [n, V]
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,17 +17,17 @@ from penstock.ops import (
     attention_decode,
     attention_decode_plan,
     attention_prefill_paged,
-    gelu_and_mul,
     rms_norm,
     rope,
     rope_table,
-    silu_and_mul,
     store_kv,
 )
 from penstock.serve.models.batch import Batch
-from penstock.serve.models.mixer import MambaMixer
+from penstock.serve.models.feed_forward import Experts, Mlp
+from penstock.serve.models.latent import LatentAttention
+from penstock.serve.models.mamba import MambaMixer
+from penstock.serve.models.parameters import LayerWeights, Weights
 from penstock.serve.models.spec import LayerSpec, ModelSpec
-from penstock.serve.models.weights import LayerWeights, Weights
 
 
 class Decoder:
@@ -76,7 +75,7 @@ class Decoder:
 
     def plan(self, seqlens_k: Tensor, page_size: int) -> tuple[Tensor, ...] | None:
         """The schedule of attention_decode for these lengths [B], from the device; None on a CPU or without attention."""
-        layer = next((layer.spec for layer in self.layers if layer.mixer is None), None)
+        layer = next((layer.spec for layer in self.layers if layer.spec.mamba is None), None)
         if layer is None or not seqlens_k.is_cuda:
             return None
         return attention_decode_plan(
@@ -99,16 +98,17 @@ class Decoder:
 
 
 class DecoderLayer:
-    """Attention or a Mamba mixer, and MLP, of one layer; leaves the residual added and normed for the layer that follows."""
+    """Attention, or a Mamba mixer, and MLP of one layer; leaves the residual added and normed for the layer that follows."""
 
     __slots__ = (
-        "activation",
         "attention_options",
         "cos_sin",
         "eps",
+        "feed_forward",
         "head_split",
         "k_cache",
-        "mixer",
+        "latent",
+        "mamba",
         "next_norm",
         "offset",
         "residual_scale",
@@ -128,17 +128,32 @@ class DecoderLayer:
     ):
         self.spec = layer
         self.weights = weights
-        self.mixer: MambaMixer | None = None
-        if layer.mamba is not None and weights.mamba is not None:
-            self.mixer = MambaMixer(layer.mamba, weights.mamba, cache, model.norm_eps)
         self.k_cache, self.v_cache = cache
-        self.cos_sin = None if layer.rope is None or self.mixer is not None else tables[layer.rope]
+        self.cos_sin = None if layer.rope is None or not tables else tables[layer.rope]
         self.next_norm = next_norm
         self.eps = model.norm_eps
         self.offset = model.norm_weight_offset
         self.residual_scale = model.residual_scale
         self.head_split = (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
-        self.activation = _ACTIVATIONS[layer.activation]
+        self.feed_forward: Mlp | Experts | None = None
+        if layer.experts is not None and weights.experts is not None:
+            self.feed_forward = Experts(layer.experts, weights.experts)
+        elif layer.mlp_size:
+            self.feed_forward = Mlp(layer.activation, weights)
+        self.mamba = None
+        if layer.mamba is not None and weights.mamba is not None:
+            self.mamba = MambaMixer(layer.mamba, weights.mamba, cache, eps=model.norm_eps)
+        self.latent = None
+        if layer.latent is not None and weights.latent is not None and self.cos_sin is not None:
+            self.latent = LatentAttention(
+                layer.latent,
+                weights.latent,
+                self.k_cache,
+                self.cos_sin,
+                heads=layer.num_heads,
+                scale=layer.query_scale,
+                eps=model.norm_eps,
+            )
         # a window of w keys, the query's own included, leaves w - 1 to its left
         self.attention_options: dict[str, Any] = {
             "scale": layer.query_scale,
@@ -149,21 +164,17 @@ class DecoderLayer:
     def __call__(self, hidden: Tensor, residual: Tensor, batch: Batch) -> Tensor:
         """Normed [T, H] → normed for the next layer; adds to residual [T, H] in place."""
         own, eps, offset = self.weights, self.eps, self.offset
-        if self.mixer is not None:
-            hidden = self.mixer(hidden, batch)
-        else:
-            assert own.o is not None
-            hidden = linear(self.attend(hidden, batch), own.o, own.o_bias)
+        mix = self.mamba or self.latent or self.attend
+        hidden = linear(mix(hidden, batch), own.o, own.o_bias)
         if self.residual_scale is not None:
             hidden.mul_(self.residual_scale)
-        if own.gate_up is None or own.down is None:
-            add_rms_norm(hidden, residual, self.next_norm, eps=eps, weight_offset=offset, out=(hidden, residual))
-            return hidden
         if own.post_attention_norm is not None:
             rms_norm(hidden, own.post_attention_norm, eps=eps, weight_offset=offset, out=hidden)
+        if self.feed_forward is None or own.mlp_norm is None:
+            add_rms_norm(hidden, residual, self.next_norm, eps=eps, weight_offset=offset, out=(hidden, residual))
+            return hidden
         add_rms_norm(hidden, residual, own.mlp_norm, eps=eps, weight_offset=offset, out=(hidden, residual))
-        hidden = self.activation(linear(hidden, own.gate_up, own.gate_up_bias))
-        hidden = linear(hidden, own.down, own.down_bias)
+        hidden = self.feed_forward(hidden)
         if self.residual_scale is not None:
             hidden.mul_(self.residual_scale)
         if own.post_mlp_norm is not None:
@@ -217,10 +228,3 @@ class DecoderLayer:
             **options,
         )
         return out
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": silu_and_mul,
-    "gelu_tanh": gelu_and_mul,
-    "gelu": partial(gelu_and_mul, approximate="none"),
-}

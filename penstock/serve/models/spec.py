@@ -4,11 +4,17 @@ spec = ModelSpec.from_config(transformers.AutoConfig.from_pretrained(path))     
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from penstock.serve.models.layer_spec import ExpertsSpec, LatentSpec, LayerSpec, MambaSpec, layer_parameters
+
+# A model without positions has no longest context; tables of the runtime need a number.
+UNBOUNDED = 1 << 20
 
 
 class ModelError(ValueError):
@@ -21,59 +27,6 @@ class RopeSpec:
 
     head_dim: int
     parameters: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class MambaSpec:
-    """A Mamba-2 mixer, which stands in a layer in the place of attention."""
-
-    num_heads: int
-    head_dim: int
-    num_groups: int
-    state_size: int
-    conv_width: int
-    conv_bias: bool = True
-    proj_bias: bool = False
-    dt_limit: tuple[float, float] = (0.0, float("inf"))
-
-    @property
-    def inner_size(self) -> int:
-        """Columns of x and of its gate."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def conv_channels(self) -> int:
-        """x, B and C, which pass through the convolution together."""
-        return self.inner_size + 2 * self.num_groups * self.state_size
-
-    @property
-    def projected(self) -> int:
-        """The gate, what is convolved, and a step for each head."""
-        return self.inner_size + self.conv_channels + self.num_heads
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSpec:
-    """One decoder layer. `window` counts the keys a query sees, itself included; `rope` indexes ModelSpec.ropes.
-
-    Without rope nothing is rotated. With `mamba` the layer has no attention and its fields mean nothing. mlp_size 0: no MLP.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    query_scale: float
-    mlp_size: int
-    activation: str = "silu"
-    window: int | None = None
-    attention_softcap: float | None = None
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    post_norms: bool = False
-    rope: int | None = 0
-    mamba: MambaSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,22 +86,7 @@ class ModelSpec:
     def num_parameters(self) -> int:
         """Weights in the checkpoint, norms and biases included."""
         total = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size
-        for layer in self.layers:
-            total += _mixer_parameters(layer, self.hidden_size) + self.hidden_size * (2 if layer.post_norms else 1)
-            if layer.mlp_size:
-                total += self.hidden_size * (3 * layer.mlp_size + (2 if layer.post_norms else 1))
-                total += (2 * layer.mlp_size + self.hidden_size) * layer.mlp_bias
-        return total
-
-
-def _mixer_parameters(layer: LayerSpec, hidden: int) -> int:
-    mamba = layer.mamba
-    if mamba is not None:
-        total = hidden * (mamba.projected + mamba.inner_size) + (mamba.projected + hidden) * mamba.proj_bias
-        return total + mamba.conv_channels * (mamba.conv_width + mamba.conv_bias) + mamba.inner_size + 3 * mamba.num_heads
-    q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-    total = hidden * (2 * q + 2 * kv) + 2 * layer.head_dim * layer.qk_norm
-    return total + (q + 2 * kv) * layer.qkv_bias + hidden * layer.o_bias
+        return total + sum(layer_parameters(self.hidden_size, layer) for layer in self.layers)
 
 
 def read_spec(path: str | Path) -> ModelSpec:
@@ -204,7 +142,7 @@ def _refuse_unsupported(name: str, config: Any) -> None:
             f"{name} with quantization_config ({get('quant_method')}) is not supported; use the unquantised checkpoint"
         )
     for field in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if (getattr(config, field, None) or 0) > 1:
+        if (getattr(config, field, None) or 0) > 1 and name not in _MIXTURES:
             raise ModelError(f"{name} with mixture-of-experts layers ({field}={getattr(config, field)}) is not supported")
     if getattr(config, "alibi", False):
         raise ModelError(f"{name} with ALiBi position biases (alibi=True) is not supported")
@@ -286,6 +224,7 @@ def _model(
     rope_of_layer: Sequence[int] | None = None,
     activation: str | None = None,
     query_scale: float | None = None,
+    experts: Sequence[ExpertsSpec | None] | None = None,
     layer: dict[str, Any],
     **fields: Any,
 ) -> ModelSpec:
@@ -295,18 +234,24 @@ def _model(
     if len(windows) != count:
         raise ModelError(f"{name}: layer_types names {len(windows)} layers, num_hidden_layers is {count}")
     activation = activation or config.hidden_act
+    if experts is not None and activation != "silu":
+        raise ModelError(f"{name} with hidden activation {activation} is not supported; experts have silu")
     if activation not in _ACTIVATIONS:
         raise ModelError(f"{name} with hidden activation {activation} is not supported; {', '.join(_ACTIVATIONS)} are")
     layers = tuple(
         LayerSpec(
-            num_heads=config.num_attention_heads,
-            num_kv_heads=_kv_heads(config),
-            head_dim=head_dim,
-            query_scale=query_scale or head_dim**-0.5,
-            activation=_ACTIVATIONS[activation],
-            window=windows[i],
-            rope=rope_of_layer[i] if rope_of_layer else 0,
-            **{"mlp_size": config.intermediate_size, **layer},
+            **{
+                "num_heads": config.num_attention_heads,
+                "num_kv_heads": _kv_heads(config),
+                "head_dim": head_dim,
+                "query_scale": query_scale or head_dim**-0.5,
+                "mlp_size": config.intermediate_size,
+                "activation": _ACTIVATIONS[activation],
+                "window": windows[i],
+                "rope": rope_of_layer[i] if rope_of_layer else 0,
+                "experts": experts[i] if experts else None,
+                **layer,
+            }
         )
         for i in range(count)
     )
@@ -345,6 +290,100 @@ def _qwen3(name: str, config: Any) -> ModelSpec:
     bias = bool(getattr(config, "attention_bias", False))
     layer = {"qk_norm": True, "qkv_bias": bias, "o_bias": bias}
     return _model(name, config, windows=_sliding_windows(config), layer=layer)
+
+
+def _mixtral(name: str, config: Any) -> ModelSpec:
+    mixture = ExpertsSpec(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size)
+    count = config.num_hidden_layers
+    return _model(name, config, windows=[config.sliding_window] * count, experts=[mixture] * count, layer={})
+
+
+def _sparse(config: Any, mixture: ExpertsSpec) -> list[ExpertsSpec | None]:
+    """Qwen's rule: every decoder_sparse_step-th layer is a mixture, but for those of mlp_only_layers."""
+    dense, step = set(config.mlp_only_layers or ()), config.decoder_sparse_step
+    return [None if i in dense or (i + 1) % step else mixture for i in range(config.num_hidden_layers)]
+
+
+def _qwen2_moe(name: str, config: Any) -> ModelSpec:
+    mixture = ExpertsSpec(
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        renormalize=config.norm_topk_prob,
+        shared_size=config.shared_expert_intermediate_size,
+        shared_gate=True,
+    )
+    bias = bool(getattr(config, "qkv_bias", True))
+    layer = {"qkv_bias": bias}
+    return _model(name, config, windows=_sliding_windows(config), experts=_sparse(config, mixture), layer=layer)
+
+
+def _qwen3_moe(name: str, config: Any) -> ModelSpec:
+    mixture = ExpertsSpec(
+        config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, renormalize=config.norm_topk_prob
+    )
+    bias = bool(getattr(config, "attention_bias", False))
+    window = config.sliding_window if getattr(config, "use_sliding_window", False) else None
+    windows = [window] * config.num_hidden_layers
+    layer = {"qk_norm": True, "qkv_bias": bias, "o_bias": bias}
+    return _model(name, config, windows=windows, experts=_sparse(config, mixture), layer=layer)
+
+
+def _deepseek(name: str, config: Any, mixture: ExpertsSpec) -> ModelSpec:
+    latent = LatentSpec(
+        config.kv_lora_rank,
+        config.qk_rope_head_dim,
+        config.qk_nope_head_dim,
+        config.v_head_dim,
+        config.q_lora_rank,
+        bool(getattr(config, "rope_interleave", True)),
+    )
+    rope = _rope(name, config, latent.rope_dim)
+    scale = (latent.nope_dim + latent.rope_dim) ** -0.5
+    if rope.parameters["rope_type"] == "yarn" and rope.parameters.get("mscale_all_dim"):
+        factor, weight = rope.parameters["factor"], rope.parameters["mscale_all_dim"]
+        magnitude = 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+        scale *= magnitude**2
+    bias = bool(getattr(config, "attention_bias", False))
+    layer = {
+        "latent": latent,
+        "num_kv_heads": 1,
+        "head_dim": latent.rank + latent.rope_dim,
+        "query_scale": scale,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+    }
+    count, dense = config.num_hidden_layers, config.first_k_dense_replace
+    experts = [None if i < dense else mixture for i in range(count)]
+    return _model(name, config, ropes=(rope,), experts=experts, layer=layer)
+
+
+def _deepseek_experts(config: Any, **options: Any) -> ExpertsSpec:
+    return ExpertsSpec(
+        config.n_routed_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        scale=config.routed_scaling_factor,
+        float32_router=True,
+        shared_size=config.moe_intermediate_size * (config.n_shared_experts or 0),
+        **options,
+    )
+
+
+def _deepseek_v2(name: str, config: Any) -> ModelSpec:
+    if config.topk_method not in ("greedy", "group_limited_greedy"):
+        raise ModelError(f"{name} with topk_method {config.topk_method} is not supported; greedy, group_limited_greedy are")
+    groups: dict[str, Any] = {}
+    if config.topk_method == "group_limited_greedy":
+        groups = {"num_groups": config.n_group, "top_groups": config.topk_group}
+    # The published model's norm_topk_prob is false, and transformers does not read it.
+    return _deepseek(name, config, _deepseek_experts(config, renormalize=False, **groups))
+
+
+def _deepseek_v3(name: str, config: Any) -> ModelSpec:
+    options = {"renormalize": config.norm_topk_prob, "num_groups": config.n_group, "top_groups": config.topk_group}
+    return _deepseek(name, config, _deepseek_experts(config, scoring="sigmoid", bias=True, **options))
 
 
 def _gemma(name: str, config: Any, *, layer: dict[str, Any], **fields: Any) -> ModelSpec:
@@ -399,7 +438,7 @@ def _hybrid(
     spec = _model(name, config, ropes=ropes, layer=layer, **fields)
     kinds = config.layers_block_type
     layers = tuple(
-        replace(own, rope=rope) if kind == "full_attention" else replace(own, mamba=mamba)
+        replace(own, rope=rope) if kind == "full_attention" else replace(own, mamba=mamba, o_bias=mamba.proj_bias)
         for own, kind in zip(spec.layers, kinds, strict=True)
     )
     return replace(spec, layers=layers)
@@ -467,7 +506,7 @@ def _mamba2(name: str, config: Any) -> ModelSpec:
         dt_limit=(float(config.time_step_limit[0]), float(config.time_step_limit[1])),
     )
     _check_mamba(name, mamba, config.hidden_act)
-    layer = LayerSpec(num_heads=0, num_kv_heads=0, head_dim=0, query_scale=0.0, mlp_size=0, mamba=mamba)
+    layer = LayerSpec(num_heads=0, num_kv_heads=0, head_dim=0, query_scale=0.0, mlp_size=0, o_bias=mamba.proj_bias, mamba=mamba)
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "bfloat16"
     return ModelSpec(
         architecture=name,
@@ -490,8 +529,6 @@ def _mamba2(name: str, config: Any) -> ModelSpec:
     )
 
 
-# A model without positions has no longest context; tables of the runtime need a number.
-UNBOUNDED = 1 << 20
 ARCHITECTURES: dict[str, Callable[[str, Any], ModelSpec]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
@@ -499,7 +536,19 @@ ARCHITECTURES: dict[str, Callable[[str, Any], ModelSpec]] = {
     "Qwen3ForCausalLM": _qwen3,
     "Gemma2ForCausalLM": _gemma2,
     "Gemma3ForCausalLM": _gemma3,
+    "MixtralForCausalLM": _mixtral,
+    "Qwen2MoeForCausalLM": _qwen2_moe,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+    "DeepseekV2ForCausalLM": _deepseek_v2,
+    "DeepseekV3ForCausalLM": _deepseek_v3,
     "Mamba2ForCausalLM": _mamba2,
     "BambaForCausalLM": _bamba,
     "GraniteMoeHybridForCausalLM": _granite_hybrid,
 }
+_MIXTURES = (
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+)

@@ -1,7 +1,6 @@
 """The Mamba-2 mixer of a decoder layer, in the place of attention.
 
-in_proj gives the gate z, what is convolved (x, B and C) and a step for each head; the output of the scan is gated, normed and
-projected.
+in_proj gives the gate z, what is convolved (x, B and C) and a step for each head; the output of the scan is gated and normed.
 """
 
 import torch
@@ -10,14 +9,14 @@ from torch.nn.functional import linear
 
 from penstock.ops import causal_conv1d, causal_conv1d_update, rms_norm, ssd_prefill, ssm_state_update
 from penstock.serve.models.batch import Batch
-from penstock.serve.models.spec import MambaSpec
-from penstock.serve.models.weights import MambaWeights
+from penstock.serve.models.layer_spec import MambaSpec
+from penstock.serve.models.parameters import MambaWeights
 
 
 class MambaMixer:
     """One layer's mixer and the states of all slots in it."""
 
-    def __init__(self, spec: MambaSpec, weights: MambaWeights, state: tuple[Tensor, Tensor], eps: float):
+    def __init__(self, spec: MambaSpec, weights: MambaWeights, state: tuple[Tensor, Tensor], *, eps: float):
         self.spec = spec
         self.weights = weights
         self.conv_state, self.ssm_state = state
@@ -33,7 +32,7 @@ class MambaMixer:
         )
 
     def __call__(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Normed [T, H] → [T, H]; moves the states of the batch's slots on."""
+        """Normed [T, H] → [T, inner] before the output projection; moves the states of the batch's slots on."""
         own, spec, decodes = self.weights, self.spec, batch.num_decodes
         z, mixed, dt = split_with_sizes(linear(hidden, own.in_proj, own.in_bias), self.parts, 1)
         y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
@@ -47,7 +46,7 @@ class MambaMixer:
             groups = y.view(len(y), spec.num_groups, -1)
             rms_norm(groups, self.norm, eps=self.eps, out=groups)
             y.mul_(own.norm)
-        return linear(y, own.out_proj, own.out_bias)
+        return y
 
     def _decode(self, y: Tensor, z: Tensor, mixed: Tensor, dt: Tensor, batch: Batch) -> None:
         """One token of each request."""
