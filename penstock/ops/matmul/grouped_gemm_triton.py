@@ -22,6 +22,7 @@ from penstock.ops.matmul.tile_triton import (
     find_tile,
     over_channels,
     over_tokens,
+    scale_rows,
 )
 
 BAND = 16
@@ -131,9 +132,11 @@ def grouped_kernel(
     w_first = (expert * N).to(tl.int32) + tile_n * BN
     blocks = tl.cdiv(K, 128)
     xs_rows = xs_ptr + source * blocks
-    ws_rows = ws_ptr + (expert * tl.cdiv(N, 128) + channels // 128) * blocks
+    W_ONE: tl.constexpr = WS == "block" and 128 % BN == 0
+    ws_rows = scale_rows(ws_ptr, expert * tl.cdiv(N, 128), channels, tile_n * BN, blocks, W_ONE)
     acc, _ = accumulate(x_rows, x_live, w_rows, w_live, w_desc, w_first, w_rows, w_desc, w_first, xs_rows, ws_rows, ws_rows,
-                        0, last, K, False, XS == "block", WS == "block", SWAP, EXACT, TMA, EVEN_K, BM, BN, BK)  # fmt: skip
+                        0, last, K, False, XS == "block", WS == "block", W_ONE, W_ONE, SWAP, EXACT, TMA, EVEN_K, BM, BN,
+                        BK)  # fmt: skip
     if XS == "tensor":
         acc *= tl.load(xs_ptr)
     elif XS == "token":
@@ -190,6 +193,9 @@ def launch_grouped(
     E, _, K = w.shape
     if out.numel() == 0:
         return
+    if K == 0:
+        # There are no blocks whose scales could be read.
+        x_scales = w_scales = "none"
     config = configure.on(x.device, kind_of(x, x_scales, w_scales), average(R, E), N, K)
     w_desc, tma = descriptor(w, config)
     tiles_n = triton.cdiv(N, config.block_n)

@@ -20,7 +20,15 @@ from penstock.core.formats_triton import encode_groups
 from penstock.core.tuning import tuned
 from penstock.ops.matmul.grouped_gemm_triton import BAND, average, kind_of, launch_grouped, rows_of, tile_bound
 from penstock.ops.matmul.scales import kinds
-from penstock.ops.matmul.tile_triton import TileConfig, accumulate, descriptor, find_tile, over_channels, over_tokens
+from penstock.ops.matmul.tile_triton import (
+    TileConfig,
+    accumulate,
+    descriptor,
+    find_tile,
+    over_channels,
+    over_tokens,
+    scale_rows,
+)
 from penstock.ops.moe.sort_triton import sort_slots
 from penstock.ops.quantization.quantize import quantize
 
@@ -80,6 +88,8 @@ def _gate_up_kernel(
     E: tl.constexpr,
     XS: tl.constexpr,
     WS: tl.constexpr,
+    W_ONE: tl.constexpr,
+    UP_ONE: tl.constexpr,
     LARGEST: tl.constexpr,
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
@@ -106,11 +116,12 @@ def _gate_up_kernel(
     w_first = (expert * (2 * I)).to(tl.int32) + tile_n * BN
     blocks = tl.cdiv(K, 128)
     xs_rows = xs_ptr + source * blocks
-    ws_rows = ws_ptr + (expert * tl.cdiv(2 * I, 128) + channels // 128) * blocks
-    up_scale_rows = ws_ptr + (expert * tl.cdiv(2 * I, 128) + (I + channels) // 128) * blocks
+    scale_row = expert * tl.cdiv(2 * I, 128)
+    ws_rows = scale_rows(ws_ptr, scale_row, channels, tile_n * BN, blocks, W_ONE)
+    up_scale_rows = scale_rows(ws_ptr, scale_row, I + channels, I + tile_n * BN, blocks, UP_ONE)
     gate, up = accumulate(x_rows, x_live, w_rows, w_live, w_desc, w_first, up_rows, w_desc, w_first + I, xs_rows, ws_rows,
-                          up_scale_rows, 0, tl.cdiv(K, BK), K, True, XS == "block", WS == "block", SWAP, False, TMA, EVEN_K,
-                          BM, BN, BK)  # fmt: skip
+                          up_scale_rows, 0, tl.cdiv(K, BK), K, True, XS == "block", WS == "block", W_ONE, UP_ONE, SWAP, False,
+                          TMA, EVEN_K, BM, BN, BK)  # fmt: skip
     if XS == "tensor":
         xs = tl.load(xs_ptr)
         gate *= xs
@@ -195,6 +206,8 @@ def _gate_up(
     config = configure.on(x.device, kind_of(x, x_scales, w_scales), average(S, E), I, K)
     w_desc, tma = descriptor(w, config)
     tiles_n = triton.cdiv(I, config.block_n)
+    # A tile of channels has one scale of weights a block, unless it begins in the middle of a square.
+    one = w_scales == "block" and BLOCK % config.block_n == 0
     options: dict[str, Any] = {"launch_pdl": True} if early else {}
     _gate_up_kernel[(tile_bound(S, E, config.block_m) * tiles_n,)](
         product,
@@ -218,6 +231,8 @@ def _gate_up(
         E=E,
         XS=x_scales,
         WS=w_scales,
+        W_ONE=one,
+        UP_ONE=one and I % BLOCK == 0,
         LARGEST=FP8_MAX,
         SWAP=config.swap,
         TMA=tma,
@@ -262,7 +277,7 @@ def launch(
         x_scales = x_format.granularity
     y = out.new_empty(S, H)
     position = topk_ids
-    if S:
+    if S and I:
         tokens, position, offsets = sort_slots(topk_ids.contiguous(), E, expert_offset, early)
         product = torch.empty(S, I, dtype=w_down.dtype, device=x.device)
         product_scale = None if format is None else x.new_empty(S, triton.cdiv(I, BLOCK), dtype=torch.float32)
