@@ -114,16 +114,12 @@ def enable(model: Any) -> Report:
     if _ENABLED in vars(model):
         return vars(model)[_ENABLED].report
     swap = _Swap(model)
-    for module in model.modules():
-        name, family = type(module).__name__, _family_of(module)
-        kind = next((kind for kind in _SWAPS if name.endswith(kind)), None)
-        if kind is not None:
-            fault = "not one of our families" if family is None else _SWAPS[kind](swap, module, family)
-        else:
-            holds_weights = any(True for _ in module.parameters(recurse=False))
-            fault = "no operator takes its place" if holds_weights else None
-        if fault is not None:
-            swap.report.left[name, fault] += 1
+    try:
+        for module in model.modules():
+            _visit(swap, module)
+    except BaseException:
+        swap.undo()
+        raise
     if not swap.report.replaced:
         raise NotSupported(f"enable: no layer of {type(model).__name__} can be replaced\n{swap.report}")
     vars(model)[_ENABLED] = swap
@@ -136,6 +132,23 @@ def disable(model: Any) -> None:
     if swap is None:
         raise ValueError(f"disable: this {type(model).__name__} is not enabled")
     swap.undo()
+
+
+def _visit(swap: _Swap, module: nn.Module) -> None:
+    """Swaps one module, or reports why not when it has weights of its own or a kind that we know."""
+    name, family = type(module).__name__, _family_of(module)
+    kind = next((kind for kind in _SWAPS if name.endswith(kind)), None)
+    if kind is None:
+        holds_weights = any(True for _ in module.parameters(recurse=False))
+        fault = "no operator takes its place" if holds_weights else None
+    elif family is None:
+        fault = "not one of our families"
+    elif "forward" in vars(module):
+        fault = "its forward is not the one of its class"
+    else:
+        fault = _SWAPS[kind](swap, module, family)
+    if fault is not None:
+        swap.report.left[name, fault] += 1
 
 
 def _family_of(module: nn.Module) -> Family | None:
@@ -175,9 +188,11 @@ def _swap_mlp(swap: _Swap, module: nn.Module, family: Family) -> str | None:
     name = next((name for name in GATES if type(module.act_fn) is type(ACT2FN[name])), None)
     if name is None:
         return f"no operator for the activation {type(module.act_fn).__name__}"
-    unlike = next((p for p in (module.gate_proj, module.up_proj) if type(p) is not nn.Linear or "forward" in vars(p)), None)
-    if unlike is not None:
-        return f"its projection is a {type(unlike).__name__}, not torch's Linear"
+    for projection in (module.gate_proj, module.up_proj):
+        if type(projection) is not nn.Linear:
+            return f"its projection is a {type(projection).__name__}, not torch's Linear"
+        if "forward" in vars(projection) or projection._forward_hooks or projection._forward_pre_hooks:
+            return "its projection has hooks or a forward of its own"
     gate = GATES[name]
 
     def forward(self: Any, x: Tensor) -> Tensor:

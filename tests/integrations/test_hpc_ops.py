@@ -77,8 +77,8 @@ PUBLIC = {
     "group_gemm_blockwise_fp8": (
         "x weight seqlens cu_seqlens x_scale w_scale num_seq_per_group_avg output tma_desc task_map_workspace"
     ),
-    "get_gemm_bf16xfp32_workspace": "",
-    "gemm_bf16xfp32": "",
+    "get_gemm_bf16xfp32_workspace": "max_weight_hidden_size max_tokens",
+    "gemm_bf16xfp32": "x w_high w_low scale use_fp32_output use_splitk split_flag",
     "fuse_allreduce_rmsnorm_high_throughput": "",
     "fuse_allreduce_rmsnorm_low_latency": "",
     "empty_multimem": "",
@@ -608,6 +608,26 @@ def test_group_gemm():
         wide_x, wide_w = x.double() * expanded(x_scale, x.shape), w.double() * expanded(w_scale, w.shape)
         exact = torch.einsum("tk,tnk->tn", wide_x, wide_w[groups])
         judge("group_gemm_blockwise_fp8", got, exact, exact.bfloat16())
+
+
+def test_gemm_bf16xfp32():
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(7, 96, generator=generator).bfloat16(), torch.randn(40, 96, generator=generator)
+    w_high = w.bfloat16()
+    w_low = ((w - w_high.float()) * 256).bfloat16()
+    exact = x.double() @ (w_high.double() + w_low.double() / 256).T
+    plain = x.float() @ w.T
+    split_flag = hpc.get_gemm_bf16xfp32_workspace(40)
+    got = hpc.gemm_bf16xfp32(x, w_high, w_low, 1 / 256, use_fp32_output=True, split_flag=split_flag)
+    judge("gemm_bf16xfp32", got, exact, plain)
+    assert not split_flag.any()
+    # Far nearer to the product with float32 weights than one of bfloat16 weights would be.
+    assert float((got - x.double() @ w.double().T).abs().max()) < 0.02 * float(
+        (exact - x.double() @ w_high.double().T).abs().max()
+    )
+    judge("gemm_bf16xfp32", hpc.gemm_bf16xfp32(x, w_high, w_low, torch.tensor(1 / 256)), exact, plain.bfloat16())
+    with pytest.raises(NotSupported, match=r"scale=0\.5"):
+        hpc.gemm_bf16xfp32(x, w_high, w_low, 0.5)
 
 
 def test_reformat_x_scale():

@@ -285,12 +285,34 @@ def test_what_is_not_known_is_left_with_its_reason(models):
     assert ("LlamaMLP", "its projection is a Sequential, not torch's Linear") in left
     assert ("LlamaMLP", "no operator for the activation ReLU") in left
     assert any(name == "Embedding" for name, _ in left)
+    hooked = build("llama")
+    hooked.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *args: None)
+    hooked.model.norm.forward = hooked.model.norm.forward
+    kept = hooked.model.norm.forward
+    left = set(enable(hooked).left)
+    assert ("LlamaMLP", "its projection has hooks or a forward of its own") in left
+    assert ("LlamaRMSNorm", "its forward is not the one of its class") in left
+    disable(hooked)
+    assert vars(hooked.model.norm)["forward"] is kept
     mixture = build("qwen3-moe")
     mixture.model.layers[0].mlp.experts.act_fn = nn.ReLU()
     assert ("Qwen3MoeExperts", "no operator for the activation ReLU") in enable(mixture).left
     tiny = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9, bos_token_id=0, eos_token_id=0)
     with pytest.raises(NotSupported, match="not one of our families"):
         enable(transformers.GPT2LMHeadModel(tiny))
+
+
+def test_an_error_on_the_way_leaves_nothing_behind(models, monkeypatch):
+    model = models("llama")
+    before = snapshot(model)
+
+    def fail(*args):
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setitem(integration._SWAPS, "RotaryEmbedding", fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        enable(model)
+    assert snapshot(model) == before
 
 
 def test_enable_twice_and_a_copy(models):
