@@ -47,13 +47,14 @@ def main() -> None:
 
     import torch
 
-    from penstock.bench.correct import expect, verify
-    from penstock.bench.inputs import Arguments, rotation
+    from penstock.bench.correct import expect_parts, verify
+    from penstock.bench.inputs import rotation
     from penstock.bench.run import with_plan
     from penstock.bench.timing import measure
     from penstock.core.cases import Make
     from penstock.ops import attention_decode
     from penstock.ops.attention.decode_triton import DecodeConfig, configure
+    from penstock.testing.budget import Arguments
 
     device = torch.device(options.device)
     # Room for two programs, and for four.
@@ -70,7 +71,7 @@ def main() -> None:
         if not any(word in case.name for word in options.case):
             continue
         drawn = case.build(Make(device))
-        expected = list(expect(attention_decode, drawn))
+        expected = list(expect_parts(attention_decode, drawn))
         sets = rotation(drawn, None, None, device)
         calls: dict[str, list[Callable[[], Any]]] = {}
         for config in configs:

@@ -1,7 +1,6 @@
 """The correctness gate of a benchmark: a contestant that does not agree with the operator's reference gets no number.
 
-`penstock.testing.check_case` compares on the CPU in float64, which takes minutes at benchmark shapes. Here the same reference
-runs where the inputs are, widened to float64, and the same budget judges a random million of the values; every value is
+The same budget as in `penstock.testing.check_case` judges a random million of the values; every value is
 still checked for NaN. Where the reference would need more memory than there is, attention is judged on blocks of query rows.
 """
 
@@ -12,15 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.bench.inputs import Arguments, copy_arguments, tensors_of
+from penstock.bench.inputs import tensors_of
 from penstock.core.op import Op
-from penstock.testing import judge
-from penstock.testing.budget import CODES, judge_bits, poisoned
+from penstock.testing.budget import (
+    CODES,
+    Arguments,
+    Expected,
+    copy_arguments,
+    expect,
+    judge_result,
+    poisoned,
+    results,
+)
 
 SAMPLE = 1_000_000
 # Float64 scores that one block of an attention reference may hold.
 SCORE_BYTES = 4 * 2**30
 QUERY_ROWS = 64
+# Queries that one element of attention's block mask stands for.
+MASK_BLOCK = 128
 # Peers round differently and have no budget of ours: this only catches a peer that computes something else.
 PEER_ERROR = 0.03
 
@@ -38,53 +47,35 @@ ROWWISE = {
 ROWS = 16
 
 
-# What a part of a call must give: the rows of the whole that it holds (None: all), exactly, and in the inputs' own dtype.
-Expected = list[tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]]
+# What each part of a call must give, and the rows of the whole that it holds (None: all).
+Parts = list[tuple[Tensor | None, dict[str, Expected]]]
 
 
-def verify(op: Op, impl: str, arguments: Arguments, expected: Expected | None = None) -> str:
+def verify(op: Op, impl: str, arguments: Arguments, expected: Parts | None = None) -> str:
     """Why the implementation's results on these arguments are wrong, or "" when they are right.
 
     Args:
-        expected: what `expect` gave for the arguments, where several contestants are judged by it.
+        expected: what `expect_parts` gave for the arguments, where several contestants are judged by it.
     """
     with torch.no_grad():
         with poisoned():
             got = results(op, copy_arguments(arguments), impl)
-        for rows, exact, same in expect(op, arguments) if expected is None else expected:
-            if not len(got) == len(exact) == len(same):
-                return f"{len(got)} results, the reference has {len(exact)}"
+        for rows, wanted in expect_parts(op, arguments) if expected is None else expected:
+            if list(got) != list(wanted):
+                return f"results {list(got)}, the reference has {list(wanted)}"
             for name, value in got.items():
-                mine = value if rows is None else value[rows]
                 try:
-                    if op.exact:
-                        judge_bits(f"{name} of {op.name}, {impl}", mine, exact[name])
-                    else:
-                        _judge(f"{name} of {op.name}, {impl}", mine, exact[name], same[name], op.tile)
+                    _judge(f"{name} of {op.name}, {impl}", op, value if rows is None else value[rows], wanted[name])
                 except AssertionError as error:
                     return str(error)
     return ""
 
 
-def expect(op: Op, arguments: Arguments) -> Iterator[tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]]:
+def expect_parts(op: Op, arguments: Arguments) -> Iterator[tuple[Tensor | None, dict[str, Expected]]]:
     """The results that the operator's reference gives, part by part."""
-    plain = "baseline" if op.has_baseline else "reference"
     with torch.no_grad():
         for part, rows in _parts(op, arguments):
-            exact = results(op, copy_arguments(part) if op.exact else _widen(copy_arguments(part)), "reference")
-            yield rows, exact, results(op, copy_arguments(part), plain)
-
-
-def results(op: Op, arguments: Arguments, impl: str) -> dict[str, Tensor]:
-    """What a call returns and what it changes in place, by name."""
-    returned = op(**arguments, impl=impl)
-    returned = returned if isinstance(returned, tuple) else (returned,)
-    found = {f"result {i}": value for i, value in enumerate(returned) if isinstance(value, Tensor)}
-    for argument in op.arguments:
-        value = arguments.get(argument.name)
-        if argument.is_write and not argument.name.startswith("out") and isinstance(value, Tensor):
-            found[argument.name] = value
-    return found
+            yield rows, expect(op, part)
 
 
 def disagreement(peer: Any, ours: Any) -> str:
@@ -108,31 +99,27 @@ def disagreement(peer: Any, ours: Any) -> str:
     return ""
 
 
-def _judge(name: str, got: Tensor, exact: Tensor, same: Tensor, tile: int | None) -> None:
+def _judge(name: str, op: Op, got: Tensor, expected: Expected) -> None:
     count = got.numel()
-    if tile is not None and got.dim() == 2 and got.shape == exact.shape:
+    if op.tile is not None and got.dim() == 2 and got.shape == expected.exact.shape and expected.single is None:
         # In bands, which bounds the memory of the comparison; a band is a row of tiles.
-        for first in range(0, max(len(got), 1), BAND * tile):
-            band = slice(first, first + BAND * tile)
-            judge(f"{name}, rows from {first}", got[band], exact[band], same[band], tile)
+        for first in range(0, max(len(got), 1), BAND * op.tile):
+            band = slice(first, first + BAND * op.tile)
+            part = Expected(expected.exact[band], expected.same[band])
+            judge_result(f"{name}, rows from {first}", op, got[band], part)
         return
-    if count > SAMPLE and got.shape == exact.shape:
+    if count > SAMPLE and got.shape == expected.exact.shape and not op.exact:
         countable = got.dtype.is_floating_point and got.dtype not in CODES
-        wrong = got.isfinite() != exact.isfinite() if countable else None
+        wrong = got.isfinite() != expected.exact.isfinite() if countable else None
         if wrong is not None and bool(wrong.any()):
             raise AssertionError(
                 f"{name}: {int(wrong.sum())} of {count} values are finite where the reference's are not, or not"
             )
         chosen = torch.randint(0, count, (SAMPLE,), device=got.device)
-        got, exact, same = (values.reshape(-1)[chosen] for values in (got, exact, same))
-    judge(name, got, exact, same)
-
-
-def _widen(arguments: Arguments) -> Arguments:
-    def widen(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.dtype.is_floating_point else value
-
-    return {name: widen(value) for name, value in arguments.items()}
+        single = None if expected.single is None else expected.single.reshape(-1)[chosen]
+        expected = Expected(expected.exact.reshape(-1)[chosen], expected.same.reshape(-1)[chosen], single)
+        got = got.reshape(-1)[chosen]
+    judge_result(name, op, got, expected)
 
 
 def _parts(op: Op, arguments: Arguments) -> Iterator[tuple[Arguments, Tensor | None]]:
@@ -161,6 +148,9 @@ def _parts(op: Op, arguments: Arguments) -> Iterator[tuple[Arguments, Tensor | N
         for stop in sorted({begin + QUERY_ROWS, begin + (end - begin) // 2, end}):
             stop = min(stop, end)
             start = max(begin, stop - QUERY_ROWS)
+            if arguments.get("block_mask") is not None and begin < stop:
+                # The rows of a part lie in one block of the mask, from its first row on.
+                start = begin + (stop - 1 - begin) // MASK_BLOCK * MASK_BLOCK
             if start == stop:
                 continue
             # Aligned bottom-right, the first `seen` keys make row stop - 1 the last row of a shorter request.
@@ -186,8 +176,7 @@ def _rows(arguments: Arguments, request: int, start: int, stop: int, seen: int, 
         part.update(k=arguments["k"][first : first + seen], v=arguments["v"][first : first + seen])
         part.update(cu_seqlens_k=ends(seen), max_seqlen_k=seen)
     if isinstance(part.get("block_mask"), Tensor):
-        # Both ends of the rows lie in one block of the mask: they are fewer than its 128 and begin at a multiple of them.
-        block = (start - int(arguments["cu_seqlens_q"][request])) // 128
+        block = (start - int(arguments["cu_seqlens_q"][request])) // MASK_BLOCK
         part["block_mask"] = part["block_mask"][request : request + 1, :, block : block + 1]
     if isinstance(part.get("q_scale"), Tensor) and part["q_scale"].shape[:1] == arguments["q"].shape[:1]:
         part["q_scale"] = part["q_scale"][start:stop]

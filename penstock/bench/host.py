@@ -4,8 +4,8 @@ import statistics
 import time
 from typing import Any
 
-from penstock.bench.inputs import Arguments
 from penstock.core.op import Op
+from penstock.testing.budget import Arguments
 
 
 def recorded(op: Op, arguments: Arguments, impl: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

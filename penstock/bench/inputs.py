@@ -8,14 +8,13 @@ from torch import Tensor
 
 from penstock.core.cases import nbytes
 from penstock.core.device import properties
+from penstock.testing.budget import Arguments, copy_arguments
 
 CACHES = 3
 # A CPU's last-level cache is not reported by torch; server parts have this much or more for each few cores.
 CPU_CACHE = 32 * 2**20
 MEMORY_SHARE = 0.25
 MAX_SETS = 512
-
-Arguments = dict[str, Any]
 
 
 def tensors_of(arguments: Any) -> list[Tensor]:
@@ -27,27 +26,6 @@ def tensors_of(arguments: Any) -> list[Tensor]:
     elif not isinstance(arguments, (tuple, list)):
         return []
     return [tensor for value in arguments for tensor in tensors_of(value)]
-
-
-def copy_arguments(arguments: Arguments) -> Arguments:
-    """The same values and strides in other memory; tensors that share memory share it in the copy."""
-    storages: dict[int, Any] = {}
-
-    def copy(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            items = [copy(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if not isinstance(value, Tensor):
-            return value
-        if value.numel() == 0:
-            return value.clone()
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in storages:
-            storages[storage.data_ptr()] = storage.clone()
-        whole = torch.empty(0, dtype=value.dtype, device=value.device).set_(storages[storage.data_ptr()])
-        return whole.as_strided(value.shape, value.stride(), value.storage_offset())
-
-    return {name: copy(value) for name, value in arguments.items()}
 
 
 def cache_bytes(device: torch.device) -> int:

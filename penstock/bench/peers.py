@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.bench.host import recorded
-from penstock.bench.inputs import Arguments
 from penstock.bench.timing import Call
 from penstock.core.op import Op
+from penstock.testing.budget import Arguments
 
 Peer = Callable[[Arguments], Call | str]
 
@@ -29,6 +29,7 @@ COMPILED_TOO = ("merge_attention", "apply_penalties", "moe_route")
 def peers_of(op: Op) -> dict[str, Peer]:
     """Every peer of an operator by name."""
     from penstock.bench.peers_flashinfer import FLASHINFER
+    from penstock.bench.peers_mamba import MAMBA
     from penstock.bench.peers_matmul import MATMUL
 
     room = op.module.split(".")[2] if op.module.startswith("penstock.ops.") else ""
@@ -37,6 +38,7 @@ def peers_of(op: Op) -> dict[str, Peer]:
         found["torch.compile"] = compiled_reference(op)
     found.update(PEERS.get(op.name, {}))
     found.update(FLASHINFER.get(op.name, {}))
+    found.update(MAMBA.get(op.name, {}))
     found.update(MATMUL.get(op.name, {}))
     return found
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.bench.inputs import Arguments
 from penstock.bench.peers import uniform
 from penstock.bench.timing import Call
 from penstock.core.check import short
+from penstock.testing.budget import Arguments
 
 Prepare = Callable[[Any, Arguments], Call | str]
 WORKSPACE_BYTES = 256 * 2**20

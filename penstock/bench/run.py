@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from penstock.bench.correct import disagreement, results, verify
+from penstock.bench.correct import disagreement, verify
 from penstock.bench.host import pick_us
-from penstock.bench.inputs import Arguments, copy_arguments, rotation, tensors_of
+from penstock.bench.inputs import rotation, tensors_of
 from penstock.bench.peers import Peer, peers_of
 from penstock.bench.record import Result, Timed
 from penstock.bench.roofline import Ceilings, bound_by, floor_us, measure_ceilings
@@ -21,6 +21,7 @@ from penstock.bench.timing import Call, measure, ratio
 from penstock.core.cases import Case, Make, nbytes
 from penstock.core.check import describe
 from penstock.core.op import NotSupported, Op
+from penstock.testing.budget import Arguments, copy_arguments, results
 
 
 def catalogue() -> dict[str, Op]:

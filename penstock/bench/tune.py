@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from penstock.bench.correct import Expected, expect, verify
-from penstock.bench.inputs import Arguments, rotation
+from penstock.bench.correct import Parts, expect_parts, verify
+from penstock.bench.inputs import rotation
 from penstock.bench.run import with_plan
 from penstock.bench.timing import Call, measure, ratio
 from penstock.core.cases import Case, Make
 from penstock.core.device import properties
 from penstock.core.op import NotSupported, Op
 from penstock.core.tuning import Tunable, watching, write_table
+from penstock.testing.budget import Arguments
 
 # Candidates that a test of the way times beside the default.
 QUICK = 2
@@ -133,7 +134,7 @@ def _choose(
     default_us: list[float] = []
     for impl, case in users:
         arguments = with_plan(op, case.build(Make(device)))
-        expected = list(expect(op, arguments))
+        expected = list(expect_parts(op, arguments))
         for name, config in configs.items():
             if name not in refused and (reason := _wrong(op, impl, tunable, config, arguments, expected)):
                 refused[name] = reason
@@ -177,7 +178,7 @@ def _forced(op: Op, impl: str, tunable: Tunable[Any], config: Any, arguments: Ar
     return call
 
 
-def _wrong(op: Op, impl: str, tunable: Tunable[Any], config: Any, arguments: Arguments, expected: Expected) -> str:
+def _wrong(op: Op, impl: str, tunable: Tunable[Any], config: Any, arguments: Arguments, expected: Parts) -> str:
     """Why a candidate cannot be used, or "": it must launch and agree with the reference."""
     try:
         with tunable.forced(config):

@@ -169,12 +169,12 @@ class Op:
 
     def choices(self) -> dict[str, dict[str, str]]:
         """The implementations picked since the start, each with why those before it were passed over, as last seen."""
-        return {name: dict(passed_over) for name, passed_over in self._choices.items()}
+        return {name: dict(passed_over) for name, passed_over in list(self._choices.items())}
 
     # ---- choosing
 
     def pick(self, impl: str, *args: Any) -> Callable[..., None]:
-        """Checks the contract and returns the launch function; both remembered by signature.
+        """Checks the contract and returns the launch function; both remembered by signature, of which alignment is a part.
 
         Args:
             impl: "auto", "reference" or an implementation's name; a name never falls back.
@@ -183,7 +183,10 @@ class Op:
         """
         if torch.compiler.is_compiling():
             return functools.partial(self.library_op, impl)
-        key = (impl, *[(a.shape, a.dtype, a.stride(), a.device) if isinstance(a, Tensor) else a for a in args])
+        key = (
+            impl,
+            *[(a.shape, a.dtype, a.stride(), a.device, a.data_ptr() & 15) if isinstance(a, Tensor) else a for a in args],
+        )
         try:
             launch = self._picked.get(key)
         except TypeError:  # something unhashable, such as a list where a tensor belongs: the contract names it

@@ -11,6 +11,7 @@ from penstock.ops.attention.prefill import attention_prefill as attention_prefil
 from penstock.ops.attention.prefill_paged import attention_prefill_paged as attention_prefill_paged
 from penstock.ops.kvcache.copy_pages import copy_pages as copy_pages
 from penstock.ops.kvcache.gather_kv import gather_kv as gather_kv
+from penstock.ops.kvcache.layout import KVLayout as KVLayout
 from penstock.ops.kvcache.store_kv import store_kv as store_kv
 from penstock.ops.matmul.counters import gemm_counters as gemm_counters
 from penstock.ops.matmul.gemm_bf16_fp32 import gemm_bf16_fp32 as gemm_bf16_fp32
@@ -27,8 +28,15 @@ from penstock.ops.norm.rms_norm_quant import rms_norm_quant as rms_norm_quant
 from penstock.ops.quantization.dequantize import dequantize as dequantize
 from penstock.ops.quantization.hadamard import hadamard as hadamard
 from penstock.ops.quantization.quantize import quantize as quantize
+from penstock.ops.recurrent.causal_conv1d import causal_conv1d as causal_conv1d
+from penstock.ops.recurrent.causal_conv1d_update import causal_conv1d_update as causal_conv1d_update
+from penstock.ops.recurrent.selective_scan import selective_scan as selective_scan
+from penstock.ops.recurrent.ssd_prefill import ssd_prefill as ssd_prefill
+from penstock.ops.recurrent.ssm_state_update import ssm_state_update as ssm_state_update
 from penstock.ops.rotary.rope import rope as rope
+from penstock.ops.rotary.rope_norm_store_kv import rope_norm_store_kv as rope_norm_store_kv
 from penstock.ops.rotary.table import rope_table as rope_table
 from penstock.ops.sampling.apply_penalties import apply_penalties as apply_penalties
 from penstock.ops.sampling.log_probs import log_probs as log_probs
 from penstock.ops.sampling.sample import sample as sample
+from penstock.ops.sampling.verify_draft import verify_draft as verify_draft

@@ -6,6 +6,7 @@ import torch
 from penstock.bench import correct
 from penstock.bench.run import catalogue
 from penstock.core.cases import Make
+from penstock.testing.budget import Expected, results
 
 OPERATORS = catalogue()
 
@@ -26,9 +27,9 @@ def test_blocks_of_rows_agree_with_the_whole_call(monkeypatch, name, case):
     arguments = case.build(Make("cpu"))
     parts = list(correct._parts(OPERATORS[name], arguments))
     assert len(parts) > 1 or parts[0][1] is not None
-    whole = correct.results(OPERATORS[name], arguments, "reference")["result 0"].float()
+    whole = results(OPERATORS[name], arguments, "reference")[f"{name}[0]"].float()
     for part, rows in parts:
-        sliced = correct.results(OPERATORS[name], part, "reference")["result 0"].float()
+        sliced = results(OPERATORS[name], part, "reference")[f"{name}[0]"].float()
         torch.testing.assert_close(sliced, whole[rows], rtol=1e-2, atol=1e-2)
 
 
@@ -51,10 +52,10 @@ def test_rows_of_a_sampler_are_judged_on_a_few():
 def test_one_wrong_value_among_millions_of_right_ones_that_is_not_finite_is_found():
     exact = torch.zeros(3_000_000, dtype=torch.float64)
     got = torch.zeros(3_000_000)
-    correct._judge("x", got, exact, got)
+    correct._judge("x", OPERATORS["rms_norm"], got, Expected(exact, got))
     got[1_234_567] = torch.nan
     with pytest.raises(AssertionError, match="1 of 3000000 values are finite where"):
-        correct._judge("x", got, exact, exact.float())
+        correct._judge("x", OPERATORS["rms_norm"], got, Expected(exact, exact.float()))
 
 
 def test_peers_are_held_to_a_few_hundredths():

@@ -7,10 +7,11 @@ import torch
 
 from penstock.bench import record, report
 from penstock.bench.host import pick_us, recorded
-from penstock.bench.inputs import copy_arguments, rotation, tensors_of
+from penstock.bench.inputs import rotation, tensors_of
 from penstock.bench.peers import compiled_reference, peers_of
 from penstock.bench.roofline import Ceilings
 from penstock.bench.run import bench_operator, catalogue
+from penstock.testing.budget import copy_arguments
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e10, {"float32": 1e11})

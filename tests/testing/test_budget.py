@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from penstock.core.cases import Case
-from penstock.core.check import FLOATS
+from penstock.core.check import FLOATS, anything
+from penstock.core.formats import FORMATS, FP8_TENSOR
 from penstock.core.op import op
-from penstock.testing.budget import CODES, check_case, judge, judge_bits, poisoned
+from penstock.testing.budget import CODES, check_case, judge, judge_bits, judge_codes, poisoned
+
+FP8 = torch.float8_e4m3fn
 
 
 @op("(Tensor(a!) out, Tensor x, Tensor(b!) total) -> ()", {"x": ("M N", FLOATS), "total": ("N", "x"), "out?": ("M N", "x")})
@@ -101,31 +104,82 @@ def test_infinities_must_agree():
 
 
 @pytest.mark.parametrize("dtype", CODES)
-def test_codes_may_be_one_off_where_a_tie_was(dtype):
-    exact = torch.arange(-126, 127, dtype=torch.int8).view(dtype)
-    exact = exact if dtype is torch.int8 else torch.where(exact.float().isnan(), 1.0, exact.float()).to(dtype)
-    judge("q", exact.clone(), exact, exact)
-    for steps, count, message in (
-        (1, 2, None),
-        (1, 9, "9 of 253 codes .* explains 3"),
-        (2, 1, "more than one off"),
-    ):
-        got = exact.clone().view(torch.int8)
-        got[150 : 150 + count] += steps
-        got = got.view(dtype)
-        if message is None:
-            judge("q", got, exact, exact)
-        else:
-            with pytest.raises(AssertionError, match=message):
-                judge("q", got, exact, exact)
+def test_a_code_may_differ_only_next_to_a_boundary(dtype):
+    """Values from 8 to 15 have codes a whole number apart in both dtypes; 9.5 lies in the middle of two."""
+    exact = torch.tensor([8.2, 9.5 - 1e-6, 9.5 + 6e-6, 12.4, 0.0], dtype=torch.float64)
+    single = exact.clone()
+    single[0] += 1e-6
+    right = torch.tensor([8, 9, 10, 12, 0]).to(dtype)
+    judge_codes("q", right, exact, exact, single)
+    other = torch.tensor([8, 10, 10, 12, 0]).to(dtype)
+    judge_codes("q", other, exact, exact, single)
+    for at, code in ((0, 9), (0, 7), (2, 9), (3, 11), (3, 13), (1, 11), (4, 1)):
+        wrong = right.float()
+        wrong[at] = code
+        with pytest.raises(AssertionError, match=f"1 of 5 codes .* at .{at}. got {code}, "):
+            judge_codes("q", wrong.to(dtype), exact, exact, single)
 
 
-def test_zero_has_two_codes_and_nan_must_agree():
-    exact = torch.tensor([0.0, 1.0, float("nan")]).to(torch.float8_e4m3fn)
-    judge("q", torch.tensor([-0.0, 1.0, float("nan")]).to(torch.float8_e4m3fn), exact, exact)
-    for bad in ([0.0, float("nan"), float("nan")], [0.0, 1.0, 448.0]):
-        with pytest.raises(AssertionError, match="more than one off"):
-            judge("q", torch.tensor(bad).to(torch.float8_e4m3fn), exact, exact)
+def test_what_is_rounded_on_the_way_is_allowed_where_it_was_rounded():
+    exact = torch.tensor([9.4, 9.4], dtype=torch.float64)
+    same = torch.tensor([9.46, 9.4], dtype=torch.float64)
+    judge_codes("q", torch.tensor([10, 9], dtype=torch.int8), exact, same, exact)
+    with pytest.raises(AssertionError, match="1 of 2 codes"):
+        judge_codes("q", torch.tensor([9, 10], dtype=torch.int8), exact, same, exact)
+
+
+def test_zero_has_two_codes_nan_must_agree_and_codes_saturate():
+    exact = torch.tensor([0.0, 448.0, float("nan")], dtype=torch.float64)
+    judge_codes("q", torch.tensor([-0.0, 448.0, float("nan")]).to(FP8), exact, exact, exact)
+    for bad in ([0.0, float("nan"), float("nan")], [0.0, 448.0, 448.0], [0.0, 416.0, float("nan")]):
+        with pytest.raises(AssertionError, match="1 of 3 codes"):
+            judge_codes("q", torch.tensor(bad).to(FP8), exact, exact, exact)
+
+
+@op(
+    "(Tensor(a!) out, Tensor x, Tensor(b!) held, str format) -> ()",
+    {"x": ("M N", FLOATS), "held": ("M N", (*FLOATS, FP8)), "format": anything, "out?": ("M N", (FP8, torch.int8))},
+)
+def code_for_tests(x, held, *, format, out=None, impl="auto"):
+    """Codes of x / 3, returned and held."""
+    launch = code_for_tests.pick(impl, x, held, format.name, out)
+    out = torch.empty(x.shape, dtype=format.dtype) if out is None else out
+    launch(out, x, held, format.name)
+    return out
+
+
+@code_for_tests.reference
+def _codes(x, held, format):
+    codes = FORMATS[format].encode(x.to(torch.promote_types(x.dtype, torch.float32)) / 3)
+    held.copy_(codes)
+    return codes
+
+
+def _off(name, change):
+    @code_for_tests.impl(name, needs=("cpu",))
+    def _run(out, x, held, format):
+        codes = (x.float() / 3).to(FP8)
+        held.copy_(codes)
+        out.copy_(codes)
+        change(out.view(torch.int8), held.view(torch.int8))
+
+
+_off("right", lambda out, held: None)
+_off("one_code_off", lambda out, held: out[2, 1].add_(1))
+_off("one_held_code_off", lambda out, held: held[2, 1].add_(1))
+
+
+def test_returned_and_held_codes_are_judged_before_rounding():
+    def build(make):
+        return {"x": make.randn(4, 5), "held": make.randn(4, 5).to(FP8), "format": FP8_TENSOR}
+
+    case = Case("ragged", build)
+    before = dict(FORMATS)
+    check_case(code_for_tests, "right", case)
+    for impl, name in (("one_code_off", "code_for_tests.0."), ("one_held_code_off", "held")):
+        with pytest.raises(AssertionError, match=f"{name} of code_for_tests.* 1 of 20 codes .* at .2, 1."):
+            check_case(code_for_tests, impl, case)
+    assert before == FORMATS
 
 
 def test_bits_must_agree_where_an_operator_is_exact():

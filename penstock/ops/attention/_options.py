@@ -90,6 +90,24 @@ def page_size_reason(k_cache: Tensor) -> str | None:
     return None
 
 
+def tma_reason(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, page_size: int) -> str | None:
+    """Why the Hopper kernel of prefill does not take the call, or None."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q is {short(q.dtype)}; the kernel multiplies float16 or bfloat16"
+    for name, size in (("q", q.shape[-1]), ("v", v.shape[-1])):
+        if size <= 32:
+            return f"the head dimension {size} of {name} would fill less than half of the kernel's narrowest tile, 64"
+    if page_size and (page_size & (page_size - 1) or not 16 <= page_size <= MAX_PAGE_SIZE):
+        return f"page_size {page_size} is not a power of two from 16 to {MAX_PAGE_SIZE}"
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+        if tensor is None:
+            continue
+        strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1][:-1]
+        if any(stride % 8 for stride in strides) or tensor.data_ptr() % 16:
+            return f"{name} does not start every row on a multiple of 16 bytes, as the tensor memory accelerator needs it"
+    return None
+
+
 def check_offsets(
     contract: Contract, name: str, offsets: Tensor, tokens: int, longest: int | None, named: dict[str, Any]
 ) -> None:

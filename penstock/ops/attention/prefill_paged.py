@@ -91,7 +91,7 @@ def attention_prefill_paged(
             128 queries and 128 keys of a request that it stands for do not meet. Tiles are skipped.
         return_lse: also return the log-sum-exp.
         out: [Tq, Hq, Dv] in q.dtype; for FP8 queries bfloat16, float16 or float32.
-        impl: "auto", "triton", "cpu" or "reference".
+        impl: "auto", "hopper", "triton", "cpu" or "reference".
     FP8 queries and keys are multiplied as they are; a weight exp(s - m) is stored as e4m3(256 · exp(s - m)) against the running
     maximum m, and the denominator sums what is not rounded.
 
@@ -100,7 +100,7 @@ def attention_prefill_paged(
         lse is -inf.
     Raises: ContractError when shapes, dtypes or options disagree; NotSupported when no implementation takes the call.
     Source: Dao, arXiv:2307.08691 (FlashAttention-2); Kwon et al., arXiv:2309.06180 (paged KV cache);
-        Shah et al., arXiv:2407.08608 (FlashAttention-3: FP8).
+        Shah et al., arXiv:2407.08608 (FlashAttention-3: Hopper, FP8).
     """
     left, right = _options.split_window(attention_prefill_paged.contract, window)
     options = (max_seqlen_q, max_seqlen_k, causal, scale, left, right, softcap, sinks, q_scale, k_scale, v_scale, block_mask)
@@ -181,6 +181,41 @@ def _definition(exact: bool) -> Callable[..., tuple[Tensor, Tensor]]:
 
 attention_prefill_paged.reference(_definition(exact=True))
 attention_prefill_paged.baseline(_definition(exact=False))
+
+
+def _hopper_supports(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_mask: Tensor | None, out: Tensor | None, **others: object
+) -> str | None:
+    if block_mask is not None:
+        return "it skips no blocks of a block_mask"
+    return _options.tma_reason(q, k_cache, v_cache, out, k_cache.shape[1])
+
+
+# The spill is at D = 256, as where keys are packed.
+@attention_prefill_paged.impl(
+    "hopper", needs=("wgmma", "tma", "triton"), supports=_hopper_supports, instructions=("HGMMA", "UTMALDG"), spill_bytes=32
+)
+def _hopper(
+    out: Tensor,
+    out_lse: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None,
+    *options_and_scales: Any,
+) -> None:
+    from penstock.ops.attention.prefill_hopper import launch
+
+    *options, _, _, _, _ = options_and_scales
+
+    if max_seqlen_k is None:
+        max_seqlen_k = page_table.shape[1] * k_cache.shape[1]
+    tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
+    launch(out, out_lse, *tensors, max_seqlen_q, max_seqlen_k, *options)
 
 
 def _supports(k_cache: Tensor, **others: object) -> str | None:

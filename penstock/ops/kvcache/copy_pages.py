@@ -8,19 +8,20 @@ from torch import Tensor
 from penstock.core.cases import Case, Cost, nbytes
 from penstock.core.check import FLOATS, INDICES
 from penstock.core.op import op
+from penstock.ops.kvcache.layout import FP8, KVLayout
 
 SPEC = {
-    "cache": ("P S H D", (*FLOATS, torch.float8_e4m3fn, torch.int8, torch.uint8)),
+    "cache": ("P S H D", (*FLOATS, FP8, torch.int8, torch.uint8)),
     "pairs": ("n 2", INDICES),
 }
 
 
-@op("(Tensor(a!) cache, Tensor pairs) -> ()", SPEC)
+@op("(Tensor(a!) cache, Tensor pairs) -> ()", SPEC, exact=True)
 def copy_pages(cache: Tensor, pairs: Tensor, *, impl: str = "auto") -> None:
     """Duplicates pages of a paged cache, in place: what copy-on-write and forked requests need.
 
     Args:
-        cache: [P, S, Hkv, D] any float, float8_e4m3fn or 8-bit integers; NHD or HND by strides. Bytes are copied as they are.
+        cache: [P, S, Hkv, D] any float, float8_e4m3fn or 8-bit integers; any order by strides. Bytes are copied as they are.
         pairs: [n, 2] int32 (source, destination). No destination may be a source or another destination; a source may repeat.
             A pair with a negative number is padding and copies nothing.
         impl: "auto", "triton", "cpu" or "reference".
@@ -38,13 +39,7 @@ def _reference(cache: Tensor, pairs: Tensor) -> None:
             cache[destination] = cache[source]
 
 
-def _unfit(cache: Tensor, **others: object) -> str | None:
-    if cache.stride(-1) != 1 and cache.shape[-1] > 1:
-        return f"the last dimension of `cache` has stride {cache.stride(-1)}, the kernel wants stride 1"
-    return None
-
-
-@copy_pages.impl("triton", needs=("triton",), supports=_unfit)
+@copy_pages.impl("triton", needs=("triton",))
 def _triton(cache: Tensor, pairs: Tensor) -> None:
     from penstock.ops.kvcache.copy_pages_triton import launch
 
@@ -87,29 +82,31 @@ def cases() -> Iterable[Case]:
         H: int,
         D: int,
         *,
-        hnd: bool = False,
+        order: str = "NHD",
         padded: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         bench: bool = False,
     ) -> Case:
         def build(make):
-            shape = (P, H, S, D) if hnd else (P, S, H, D)
-            held = make.randn(*shape, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype).to(dtype)
+            cache = KVLayout(S, H, D, dtype=dtype, v_order=order).allocate(P, device=make.device).v
+            cache.copy_(make.randn(P, S, H, D, dtype=torch.float32))
             pairs = make.permutation(P)[: 2 * n].reshape(n, 2).clone()
             if padded:
                 pairs[::2] = -1
-            return {"cache": held.transpose(1, 2) if hnd else held, "pairs": pairs}
+            return {"cache": cache, "pairs": pairs}
 
         return Case(name, build, bench)
 
     yield case("pair", 1, 4, 16, 2, 64)
     yield case("ragged", 3, 9, 16, 3, 40, dtype=torch.float16)
-    yield case("hnd", 2, 6, 8, 3, 32, hnd=True)
+    yield case("hnd", 2, 6, 8, 3, 32, order="HND")
     yield case("page_of_one_float32", 4, 12, 1, 1, 24, dtype=torch.float32)
     yield case("page_of_256", 1, 3, 256, 1, 32)
-    yield case("fp8", 2, 6, 16, 2, 64, dtype=torch.float8_e4m3fn)
+    yield case("fp8", 2, 6, 16, 2, 64, dtype=FP8)
+    yield case("fp8_transposed", 2, 6, 16, 3, 40, order="HDN", dtype=FP8)
     yield case("padded", 4, 9, 16, 2, 64, padded=True)
     yield case("empty", 0, 4, 16, 2, 64)
     yield case("fork_8", 8, 64, 16, 8, 128, bench=True)
     yield case("fork_1024", 1024, 4096, 16, 8, 128, bench=True)
-    yield case("fork_1024_hnd", 1024, 4096, 16, 8, 128, hnd=True, bench=True)
+    yield case("fork_1024_fp8_transposed", 1024, 4096, 64, 8, 128, order="HDN", dtype=FP8, bench=True)
+    yield case("fork_1024_hnd", 1024, 4096, 16, 8, 128, order="HND", bench=True)

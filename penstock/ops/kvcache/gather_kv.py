@@ -9,9 +9,10 @@ from penstock.core.cases import Case, Cost, nbytes
 from penstock.core.check import FLOATS, INDICES
 from penstock.core.op import op
 from penstock.ops.kvcache.gather_kv_cpu import gather
+from penstock.ops.kvcache.layout import FP8, KVLayout
 
 SPEC = {
-    "cache": ("P S H D", (*FLOATS, torch.float8_e4m3fn, torch.int8, torch.uint8)),
+    "cache": ("P S H D", (*FLOATS, FP8, torch.int8, torch.uint8)),
     "page_table": ("B max_pages", INDICES),
     "seqlens": ("B", INDICES),
     "cu_seqlens": ("B+1", INDICES),
@@ -19,7 +20,7 @@ SPEC = {
 }
 
 
-@op("(Tensor(a!) out, Tensor cache, Tensor page_table, Tensor seqlens, Tensor cu_seqlens, int total) -> ()", SPEC)
+@op("(Tensor(a!) out, Tensor cache, Tensor page_table, Tensor seqlens, Tensor cu_seqlens, int total) -> ()", SPEC, exact=True)
 def gather_kv(
     cache: Tensor,
     page_table: Tensor,
@@ -33,7 +34,7 @@ def gather_kv(
     """The cached rows of each request, packed one request after another.
 
     Args:
-        cache: [P, S, Hkv, D] any float, float8_e4m3fn or 8-bit integers; NHD or HND by strides. Bytes are copied as they are.
+        cache: [P, S, Hkv, D] any float, float8_e4m3fn or 8-bit integers; any order by strides. Bytes are copied as they are.
         page_table: [B, max_pages] int32; entries past a request's end may hold anything.
         seqlens: [B] int32: rows to take from each request, at most max_pages · S.
         cu_seqlens: [B+1] int32 running sums: request b's rows start at cu_seqlens[b]. A request may be given more room than
@@ -69,10 +70,9 @@ def _reference(cache: Tensor, page_table: Tensor, seqlens: Tensor, cu_seqlens: T
     return result
 
 
-def _unfit(cache: Tensor, out: Tensor | None, **others: object) -> str | None:
-    for name, tensor in {"cache": cache, "out": out}.items():
-        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            return f"the last dimension of `{name}` has stride {tensor.stride(-1)}, the kernel wants stride 1"
+def _unfit(out: Tensor | None, **others: object) -> str | None:
+    if out is not None and out.stride(-1) != 1 and out.shape[-1] > 1:
+        return f"the last dimension of `out` has stride {out.stride(-1)}, the kernel wants stride 1"
     return None
 
 
@@ -116,7 +116,7 @@ def cases() -> Iterable[Case]:
         H: int,
         D: int,
         *,
-        hnd: bool = False,
+        order: str = "NHD",
         room: int = 0,
         dtype: torch.dtype = torch.bfloat16,
         bench: bool = False,
@@ -125,8 +125,8 @@ def cases() -> Iterable[Case]:
             pages = [-(-length // S) for length in lengths]
             width = max(pages, default=0) + 1
             P = sum(pages) + 2
-            shape = (P, H, S, D) if hnd else (P, S, H, D)
-            held = make.randn(*shape, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype).to(dtype)
+            cache = KVLayout(S, H, D, dtype=dtype, v_order=order).allocate(P, device=make.device).v
+            cache.copy_(make.randn(P, S, H, D, dtype=torch.float32))
             starts = [0]
             for length in lengths:
                 starts.append(starts[-1] + length + room)
@@ -137,7 +137,7 @@ def cases() -> Iterable[Case]:
                 table[request, :number] = drawn[used : used + number]
                 used += number
             return {
-                "cache": held.transpose(1, 2) if hnd else held,
+                "cache": cache,
                 "page_table": table,
                 "seqlens": make.tensor(lengths),
                 "cu_seqlens": make.tensor(starts),
@@ -147,13 +147,15 @@ def cases() -> Iterable[Case]:
         return Case(name, build, bench)
 
     yield case("ragged", [5, 0, 33, 1], 16, 2, 64)
-    yield case("hnd", [7, 40], 16, 3, 40, hnd=True, dtype=torch.float16)
+    yield case("hnd", [7, 40], 16, 3, 40, order="HND", dtype=torch.float16)
     yield case("page_of_one", [3, 2], 1, 1, 32, dtype=torch.float32)
     yield case("page_of_256", [300], 256, 1, 32)
-    yield case("fp8", [9, 20], 8, 2, 64, dtype=torch.float8_e4m3fn)
+    yield case("fp8", [9, 20], 8, 2, 64, dtype=FP8)
+    yield case("fp8_transposed", [9, 70], 32, 3, 40, order="HDN", dtype=FP8)
     yield case("padded", [4, 0, 9], 4, 2, 24, room=3)
     yield case("empty", [], 16, 2, 64)
     yield case("empty_requests", [0, 0], 16, 2, 64)
     yield case("prefill_16x2048", [2048] * 16, 16, 8, 128, bench=True)
-    yield case("prefill_16x2048_hnd", [2048] * 16, 64, 8, 128, hnd=True, bench=True)
+    yield case("prefill_16x2048_hnd", [2048] * 16, 64, 8, 128, order="HND", bench=True)
+    yield case("prefill_16x2048_fp8_transposed", [2048] * 16, 64, 8, 128, order="HDN", dtype=FP8, bench=True)
     yield case("skewed_1x32768+31x256", [32768] + [256] * 31, 64, 8, 128, bench=True)

@@ -20,10 +20,13 @@ class Launch:
     num_warps: int = 4
 
 
-def configure(total: int, columns: int, sms: int) -> Launch:
-    """16 × 128 values at a time, 16 a thread; a program keeps to one such tile while there are fewer programs than SMs."""
-    block = min(triton.next_power_of_2(columns), 128)
-    tokens = min(64, 2048 // block)
+def configure(total: int, columns: int, sms: int, transposed: bool) -> Launch:
+    """2,048 values at a time, 16 a thread; a program keeps to one such tile while there are fewer programs than SMs.
+
+    Tiles are 128 columns wide, or 32 tokens high where a page is transposed.
+    """
+    block = min(triton.next_power_of_2(columns), 64 if transposed else 128)
+    tokens = 32 if transposed else min(64, 2048 // block)
     few = triton.cdiv(total, tokens) < 4 * sms
     return Launch(tokens, block, block if few else columns)
 
@@ -46,11 +49,13 @@ def _gather_kernel(
     cache_page,
     cache_slot,
     cache_head,
+    cache_column,
     D: tl.constexpr,
     PAGE: tl.constexpr,
     STEPS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     # The last request that starts at or before the token: empty requests before it share its start.
@@ -66,18 +71,23 @@ def _gather_kernel(
     length = tl.load(seqlens_ptr + low)
     held = (index >= 0) & (index < length) & (tokens < end) & (tokens < total)
     entry = page_table_ptr + low.to(tl.int64) * table_row + (index // PAGE).to(tl.int64) * table_column
-    page = tl.load(entry, held, other=0).to(tl.int64)[:, None]
-    offset = (index % PAGE).to(tl.int64)[:, None]
-    sources = cache_ptr + page * cache_page + offset * cache_slot
+    page = tl.load(entry, held, other=0).to(tl.int64)
+    sources = cache_ptr + page * cache_page + (index % PAGE).to(tl.int64) * cache_slot
     targets = out_ptr + tokens.to(tl.int64)[:, None] * out_token
     first = tl.program_id(1) * span
     for start in range(first, min(first + span, columns), BLOCK):
-        column = (start + tl.arange(0, BLOCK))[None, :]
+        column = start + tl.arange(0, BLOCK)
         inside = column < columns
         head = (column // D).to(tl.int64)
         dimension = column % D
-        values = tl.load(sources + head * cache_head + dimension, held[:, None] & inside, other=0)
-        tl.store(targets + head * out_head + dimension, values, (tokens < total)[:, None] & inside)
+        within = head * cache_head + dimension.to(tl.int64) * cache_column
+        if TRANSPOSED:
+            # Neighbouring threads take neighbouring slots of a dimension.
+            values = tl.trans(tl.load(sources[None, :] + within[:, None], held[None, :] & inside[:, None], other=0))
+        else:
+            values = tl.load(sources[:, None] + within[None, :], held[:, None] & inside[None, :], other=0)
+        place = (head * out_head + dimension)[None, :]
+        tl.store(targets + place, values, (tokens < total)[:, None] & inside[None, :])
 
 
 def launch(out: Tensor, cache: Tensor, page_table: Tensor, seqlens: Tensor, cu_seqlens: Tensor) -> None:
@@ -90,7 +100,8 @@ def launch(out: Tensor, cache: Tensor, page_table: Tensor, seqlens: Tensor, cu_s
         return
     if cache.element_size() == 1:
         out, cache = out.view(torch.uint8), cache.view(torch.uint8)
-    config = configure(total, H * D, num_sms(out.device))
+    transposed = cache.stride(3) != 1 and D > 1
+    config = configure(total, H * D, num_sms(out.device), transposed)
     _gather_kernel[(triton.cdiv(total, config.tokens), triton.cdiv(H * D, config.span))](
         out,
         cache,
@@ -104,10 +115,12 @@ def launch(out: Tensor, cache: Tensor, page_table: Tensor, seqlens: Tensor, cu_s
         *page_table.stride(),
         *out.stride()[:2],
         *cache.stride()[:3],
+        cache.stride(3) if D > 1 else 1,
         D=D,
         PAGE=cache.shape[1],
         STEPS=len(seqlens).bit_length(),
         TOKENS=config.tokens,
         BLOCK=config.block,
+        TRANSPOSED=transposed,
         num_warps=config.num_warps,
     )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from penstock.core.formats import FP8_TENSOR
+from penstock.core.formats import FP8_TENSOR, FP8_TOKEN
 
 
 def store(
@@ -11,7 +11,24 @@ def store(
 ) -> None:
     """Writes the rows whose slot is not negative."""
     if k_scale is not None and v_scale is not None:
-        k, v = _scaled(k, k_scale), _scaled(v, v_scale)
+        if k_scale.dim() > 1:
+            scale = FP8_TOKEN.dynamic_scale(k.float())
+            store_scales(scale, k_scale, slots)
+        else:
+            scale = k_scale
+        k, v = _scaled(k, scale), _scaled(v, v_scale)
+    store_values(k, k_cache, v, v_cache, slots)
+
+
+def store_scales(scale: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Writes scales [T, Hkv] into their slots of [P, S, Hkv]."""
+    kept = (slots >= 0).nonzero().squeeze(1)
+    index, size = slots[kept].long(), cache.shape[1]
+    cache.index_put_((index // size, index % size), scale[kept])
+
+
+def store_values(k: Tensor, k_cache: Tensor, v: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Writes rows that are already scaled."""
     numbers = slots.tolist()
     if len(numbers) == 1:
         if numbers[0] >= 0:
@@ -30,7 +47,7 @@ def store(
 
 def _scaled(x: Tensor, scale: Tensor) -> Tensor:
     # A 16-bit x divided by a float32 scale is a float32 quotient; writing it to the cache rounds it.
-    return (x / scale).clamp_(-FP8_TENSOR.largest, FP8_TENSOR.largest)
+    return (x / scale.unsqueeze(-1)).clamp_(-FP8_TENSOR.largest, FP8_TENSOR.largest)
 
 
 def _store_row(x: Tensor, cache: Tensor, slot: int) -> None:

@@ -60,7 +60,7 @@ def _unfit(x: Tensor, out: Tensor | None, **others: object) -> str | None:
     return unfit_rows(x=x, out=out)
 
 
-@layer_norm.impl("triton", needs=("triton",), supports=_unfit)
+@layer_norm.impl("triton", needs=("triton",), supports=_unfit, spill_bytes=8)
 def _triton(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
     from penstock.ops.norm.layer_norm_triton import launch
 

@@ -1,4 +1,4 @@
-"""A program holds whole rows in registers; a row too wide for that is walked three times in chunks, twice of them out of L2.
+"""A program holds whole rows in registers; a row of more than 16,384 columns is walked three times in chunks, twice out of L2.
 
 The variance is that of the centred values, and what rounding left in their mean is taken off again, so that a large mean costs
 no digits.
@@ -55,20 +55,21 @@ def _layer_norm_kernel(
         scale = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + eps)
         _scale_and_write(out_rows, centred, scale, weight_ptr, bias_ptr, offsets, inside, mask, HAS_BIAS)
     else:
-        sums = tl.zeros((ROWS, BLOCK), tl.float32)
+        sums = tl.zeros((ROWS,), tl.float32)
         for first in range(0, N, BLOCK):
-            sums += tl.load(x_rows + first + offsets, live & (first + offsets < N), other=0.0).to(tl.float32)
-        mean = (tl.sum(sums, axis=1) / N)[:, None]
-        sums = tl.zeros((ROWS, BLOCK), tl.float32)
-        squares = tl.zeros((ROWS, BLOCK), tl.float32)
+            x = tl.load(x_rows + first + offsets, live & (first + offsets < N), other=0.0).to(tl.float32)
+            sums += tl.sum(x, axis=1)
+        mean = (sums / N)[:, None]
+        sums = tl.zeros((ROWS,), tl.float32)
+        squares = tl.zeros((ROWS,), tl.float32)
         for first in range(0, N, BLOCK):
             inside = first + offsets < N
             x = tl.load(x_rows + first + offsets, live & inside, other=0.0).to(tl.float32)
             centred = tl.where(inside, x - mean, 0.0)
-            sums += centred
-            squares += centred * centred
-        rest = tl.sum(sums, axis=1) / N
-        scale = tl.rsqrt(tl.sum(squares, axis=1) / N - rest * rest + eps)
+            sums += tl.sum(centred, axis=1)
+            squares += tl.sum(centred * centred, axis=1)
+        rest = sums / N
+        scale = tl.rsqrt(squares / N - rest * rest + eps)
         for first in range(0, N, BLOCK):
             columns = first + offsets
             mask = live & (columns < N)

@@ -1,6 +1,6 @@
-"""A program holds whole rows in registers; a row too wide for that is walked in chunks, two or three times, out of L2.
+"""A program holds whole rows in registers; a row of more than 16,384 columns is walked twice in chunks, then out of L2.
 
-The third walk is for a scale of the row itself: it needs the largest normalised value, which needs the mean square.
+The first walk finds the mean square and, for a scale of the row itself, the largest |x · weight|, which the root scales.
 """
 
 import triton
@@ -10,7 +10,7 @@ from torch import Tensor
 from penstock.core.formats import BLOCK, Format
 from penstock.core.formats_triton import encode, encode_groups, magnitude, scale_of
 from penstock.core.rows import walk_rows
-from penstock.ops.norm.rms_norm_triton import Launch, _read
+from penstock.ops.norm.rms_norm_triton import WIDEST, Launch, _read
 
 
 def configure(N: int, format: Format) -> Launch:
@@ -19,7 +19,7 @@ def configure(N: int, format: Format) -> Launch:
     if format.granularity == "block":
         width = max(width, BLOCK)
     if width > 16384:
-        return Launch(rows=1, block=8192, num_warps=16)
+        return Launch(rows=1, block=WIDEST, num_warps=32)
     rows = max(1, min(64, 2048 // width))
     return Launch(rows, width, max(4, rows * width // 512))
 
@@ -111,22 +111,21 @@ def _rms_norm_quant_kernel(
             tl.store(scale_ptr + rows, scale, rows < num_rows)
         _write(y, q_rows, scale_ptr, scale, rows, num_rows, offsets, 0, N, LARGEST, SHARE, DYNAMIC, BLOCK)
     else:
-        squares = tl.zeros((ROWS, BLOCK), tl.float32)
+        squares = tl.zeros((ROWS,), tl.float32)
+        most = tl.zeros((ROWS,), tl.float32)
         for first in range(0, N, BLOCK):
-            mask = live & (first + offsets < N)
-            x = _read(x_rows, residual_rows, sum_rows, first + offsets, mask, HAS_RESIDUAL)
-            squares += x * x
-        root = tl.rsqrt(tl.sum(squares, axis=1) / N + eps)
+            columns = first + offsets
+            x = _read(x_rows, residual_rows, sum_rows, columns, live & (columns < N), HAS_RESIDUAL)
+            squares += tl.sum(x * x, axis=1)
+            if SHARE == "row" and DYNAMIC:
+                weight = tl.load(weight_ptr + columns, columns < N, other=0.0).to(tl.float32) + weight_offset
+                most = tl.maximum(most, tl.max(magnitude(x * weight), axis=1))
+        root = tl.rsqrt(squares / N + eps)
         # Another thread of the program may have written what this one reads back.
         tl.debug_barrier()
         kept_rows = sum_rows if HAS_RESIDUAL else x_rows
         if SHARE == "row" and DYNAMIC:
-            most = tl.zeros((ROWS, BLOCK), tl.float32)
-            for first in range(0, N, BLOCK):
-                columns = first + offsets
-                x = tl.load(kept_rows + columns, live & (columns < N), other=0.0).to(tl.float32)
-                most = tl.maximum(most, magnitude(_normalise(x, root, weight_ptr, weight_offset, columns, N)))
-            scale = scale_of(tl.max(most, axis=1), LARGEST)
+            scale = scale_of(magnitude(root * most), LARGEST)
             tl.store(scale_ptr + rows, scale, rows < num_rows)
         for first in range(0, N, BLOCK):
             columns = first + offsets

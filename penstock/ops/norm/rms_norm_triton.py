@@ -1,4 +1,7 @@
-"""A program holds whole rows in registers; a row too wide for that is walked twice in chunks, the second time out of L2.
+"""A program holds whole rows in registers; a row of more than 16,384 columns is walked twice but for its last chunk.
+
+One such program fills a multiprocessor, so that the rows in work, 17 MB of 132 programs at 65,536 columns, stay in L2 for the
+second walk. (Four smaller programs on each had 69 MB in work, more than L2 holds.)
 
 The residual sum, when there is one, is part of the first walk.
 """
@@ -13,6 +16,9 @@ from torch import Tensor
 from penstock.core.rows import walk_rows
 from penstock.core.tuning import tuned
 
+# What 1,024 threads hold of a row in float32, sixteen values each; with thirty-two they spill.
+WIDEST = 16384
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -24,7 +30,7 @@ class Launch:
 
 
 def candidates(N: int) -> Iterator[Launch]:
-    """Whole rows in 8 to 64 values a thread, and the chunked walk of wide rows."""
+    """Whole rows in 8 to 64 values a thread, and chunks of wide rows."""
     width = triton.next_power_of_2(N)
     for block in [width] if width <= 16384 else [4096, 8192, 16384]:
         for rows in [1, 2, 4, 8] if block == width else [1]:
@@ -38,7 +44,7 @@ def configure(N: int) -> Launch:
     """Sixteen values a thread: two 16-byte loads in bfloat16, and no spill with a residual and a float32 weight."""
     width = triton.next_power_of_2(N)
     if width > 16384:
-        return Launch(rows=1, block=8192, num_warps=16)
+        return Launch(rows=1, block=WIDEST, num_warps=32)
     rows = max(1, min(64, 2048 // width))
     return Launch(rows, width, max(4, rows * width // 512))
 
@@ -100,19 +106,21 @@ def _rms_norm_kernel(
         scale = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)
         _scale_and_write(out_rows, x, scale, weight_ptr, weight_offset, columns, columns < N, mask)
     else:
-        squares = tl.zeros((ROWS, BLOCK), tl.float32)
-        for start in range(0, N, BLOCK):
-            mask = live & (start + columns < N)
-            x = _read(x_rows, residual_rows, sum_rows, start + columns, mask, HAS_RESIDUAL)
-            squares += x * x
-        scale = tl.rsqrt(tl.sum(squares, axis=1) / N + eps)
+        last = (N - 1) // BLOCK * BLOCK
+        squares = tl.zeros((ROWS,), tl.float32)
+        for start in range(0, last, BLOCK):
+            x = _read(x_rows, residual_rows, sum_rows, start + columns, live, HAS_RESIDUAL)
+            squares += tl.sum(x * x, axis=1)
+        inside = last + columns < N
+        x = _read(x_rows, residual_rows, sum_rows, last + columns, live & inside, HAS_RESIDUAL)
+        scale = tl.rsqrt((squares + tl.sum(x * x, axis=1)) / N + eps)
+        _scale_and_write(out_rows, x, scale, weight_ptr, weight_offset, last + columns, inside, live & inside)
         # Another thread of the program may have written what this one reads back.
         tl.debug_barrier()
         kept_rows = sum_rows if HAS_RESIDUAL else x_rows
-        for start in range(0, N, BLOCK):
-            inside = start + columns < N
-            x = tl.load(kept_rows + start + columns, live & inside, other=0.0).to(tl.float32)
-            _scale_and_write(out_rows, x, scale, weight_ptr, weight_offset, start + columns, inside, live & inside)
+        for start in range(0, last, BLOCK):
+            x = tl.load(kept_rows + start + columns, live, other=0.0).to(tl.float32)
+            _scale_and_write(out_rows, x, scale, weight_ptr, weight_offset, start + columns, columns < N, live)
 
 
 def launch(

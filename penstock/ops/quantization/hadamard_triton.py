@@ -28,6 +28,15 @@ def configure(N: int) -> Launch:
 
 
 @triton.jit
+def transform_rows(x, ROWS: tl.constexpr, N: tl.constexpr, ROUNDS: tl.constexpr):
+    """H x of rows x [ROWS, N], not scaled; N = 2 ** ROUNDS."""
+    for _ in tl.static_range(ROUNDS):
+        first, second = tl.split(tl.reshape(x, (ROWS, N // 2, 2)))
+        x = tl.reshape(tl.trans(tl.join(first + second, first - second), (0, 2, 1)), (ROWS, N))
+    return x
+
+
+@triton.jit
 def _hadamard_kernel(
     out_ptr,
     x_ptr,
@@ -48,9 +57,7 @@ def _hadamard_kernel(
     columns = tl.arange(0, N)[None, :]
     mask = (rows < num_rows)[:, None] & (columns < N)
     x = tl.load(x_ptr + outer * x_outer + step * x_inner + columns, mask, other=0.0).to(tl.float32)
-    for _ in tl.static_range(ROUNDS):
-        first, second = tl.split(tl.reshape(x, (ROWS, N // 2, 2)))
-        x = tl.reshape(tl.trans(tl.join(first + second, first - second), (0, 2, 1)), (ROWS, N))
+    x = transform_rows(x, ROWS, N, ROUNDS)
     out = out_ptr + outer * out_outer + step * out_inner + columns
     tl.store(out, (x * scale).to(out_ptr.dtype.element_ty), mask)
 

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.check import ContractError
-from penstock.core.formats import FP8_TENSOR, FP8_TOKEN, INT8_TOKEN
+from penstock.core.formats import FP8_BLOCK, FP8_TENSOR, FP8_TOKEN, INT8_TOKEN
 from penstock.core.op import NotSupported
 from penstock.ops import store_kv
+from penstock.ops.kvcache.layout import KVLayout
 
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = pytest.mark.parametrize(("impl", "device"), [("cpu", "cpu"), ("triton", GPU)])
@@ -24,54 +25,68 @@ def bits(tensor):
     return tensor.detach().contiguous().cpu().view(torch.uint8)
 
 
-def cache(P, S, H, D, dtype, hnd, device="cpu"):
-    drawn = torch.randn(*((P, H, S, D) if hnd else (P, S, H, D))).to(device, dtype)
-    return drawn.transpose(1, 2) if hnd else drawn
+def cache(P, S, H, D, dtype, order="NHD", device="cpu"):
+    v_order = order if dtype is FP8 and S >= 16 else order.replace("HDN", "HND")
+    held = KVLayout(S, H, D, dtype=dtype, v_order=v_order).allocate(P, device=device).v
+    return held.copy_(torch.randn(P, S, H, D).to(device))
 
 
 def expected(before, x, slots, scale=None):
-    """What the cache must hold, slot by slot, every byte of it."""
+    """What the cache must hold, slot by slot, every byte of it; scale [T, H] or broadcastable to it."""
     after = before.clone()
+    if scale is not None:
+        x = (x.float() / torch.broadcast_to(scale, x.shape[:2]).unsqueeze(-1)).clamp(-448, 448).to(FP8)
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
-            row = x[token]
-            if scale is not None:
-                row = (row.float() / scale).clamp(-448, 448).to(FP8)
-            after[slot // before.shape[1], slot % before.shape[1]] = row
+            after[slot // before.shape[1], slot % before.shape[1]] = x[token]
     return after
 
 
 @RUNS
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
-    T=st.integers(0, 9),
+    T=st.integers(0, 40),
     S=st.sampled_from([1, 2, 16, 256]),
     H=st.integers(1, 3),
     D=st.sampled_from([8, 33, 64]),
     Dv=st.sampled_from([8, 40]),
-    hnd=st.booleans(),
+    order=st.sampled_from(["NHD", "HND", "HDN"]),
     views=st.booleans(),
-    fp8=st.booleans(),
+    runs=st.booleans(),
+    format=st.sampled_from([None, FP8_TENSOR, FP8_TOKEN]),
+    per_head=st.booleans(),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     seed=st.integers(0, 1000),
 )
-def test_every_byte(impl, device, T, S, H, D, Dv, hnd, views, fp8, dtype, seed):
+def test_every_byte(impl, device, T, S, H, D, Dv, order, views, runs, format, per_head, dtype, seed):
     torch.manual_seed(seed)
     P = -(-(T + 3) // S) + 1
     both = torch.randn(T, H, D + Dv).mul(30).to(device, dtype)
     k, v = both[..., :D], both[..., D:]
     k, v = (k, v) if views else (k.contiguous(), v.contiguous())
-    slots = torch.randperm(P * S)[:T].int()
-    slots[torch.rand(T) < 0.3] = -1
+    slots = torch.arange(T).int() + seed % 4 if runs else torch.randperm(P * S)[:T].int()
+    if not runs:
+        slots[torch.rand(T) < 0.3] = -1
     slots = slots.to(device)
-    held = FP8 if fp8 else dtype
-    k_cache, v_cache = cache(P, S, H, D, held, hnd, device), cache(P, S, H, Dv, held, hnd, device)
-    k_scale, v_scale = (torch.tensor([0.25], device=device), torch.tensor([3.0], device=device)) if fp8 else (None, None)
-    want = expected(k_cache, k, slots, k_scale), expected(v_cache, v, slots, v_scale)
-    format = FP8_TENSOR if fp8 else None
+    held = dtype if format is None else FP8
+    k_cache, v_cache = cache(P, S, H, D, held, order, device), cache(P, S, H, Dv, held, order, device)
+    k_scale = v_scale = k_factor = wanted_scales = None
+    if format is not None:
+        k_scale = torch.rand(H if per_head else 1).add(0.2).to(device)
+        k_factor, v_scale = k_scale, k_scale * 3
+    if format is FP8_TOKEN:
+        k_scale = torch.randn(P, H, S).to(device).transpose(1, 2)
+        k_factor = FP8_TOKEN.dynamic_scale(k.float())
+        wanted_scales = k_scale.clone()
+        for token, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                wanted_scales[slot // S, slot % S] = k_factor[token]
+    want = expected(k_cache, k, slots, k_factor), expected(v_cache, v, slots, v_scale)
     store_kv(k, v, k_cache, v_cache, slots, format=format, k_scale=k_scale, v_scale=v_scale, impl=impl)
     for got, after in zip((k_cache, v_cache), want, strict=True):
         assert torch.equal(bits(got), bits(after))
+    if wanted_scales is not None:
+        assert torch.equal(k_scale, wanted_scales)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -96,7 +111,7 @@ def test_fp8_of_awkward_values_is_clamp_and_cast(impl, device):
 @RUNS
 def test_all_padding_writes_nothing(impl, device):
     for T in (1, 5):
-        k_cache, v_cache = (cache(2, 4, 2, 16, torch.float32, False, device) for _ in range(2))
+        k_cache, v_cache = (cache(2, 4, 2, 16, torch.float32, device=device) for _ in range(2))
         before = k_cache.clone(), v_cache.clone()
         k = torch.randn(T, 2, 16, device=device)
         store_kv(k, k, k_cache, v_cache, torch.full((T,), -1, dtype=torch.int32, device=device), impl=impl)
@@ -116,6 +131,9 @@ def test_a_cache_inside_a_larger_buffer(impl, device):
     assert torch.equal(buffer, before)
 
 
+FP8_CACHES = {"k_cache": torch.ones(2, 4, 2, 8).to(FP8), "v_cache": torch.ones(2, 4, 2, 8).to(FP8)}
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -126,11 +144,12 @@ def test_a_cache_inside_a_larger_buffer(impl, device):
         ("v_cache", {"v_cache": torch.ones(3, 4, 2, 8)}),
         ("slots", {"slots": torch.zeros(3, dtype=torch.int64)}),
         ("k_scale", {"k_scale": torch.ones(1)}),
+        ("k_scale", FP8_CACHES | {"format": FP8_TENSOR, "k_scale": torch.ones(3), "v_scale": torch.ones(1)}),
+        ("k_scale", FP8_CACHES | {"format": FP8_TOKEN, "k_scale": torch.ones(1), "v_scale": torch.ones(1)}),
+        ("v_scale", FP8_CACHES | {"format": FP8_TOKEN, "k_scale": torch.ones(2, 4, 2), "v_scale": torch.ones(2, 4, 2)}),
+        ("v_scale", FP8_CACHES | {"format": FP8_TENSOR, "k_scale": torch.ones(1), "v_scale": torch.ones(2).half()}),
         ("k_cache", {"format": FP8_TENSOR, "k_scale": torch.ones(1), "v_scale": torch.ones(1)}),
-        (
-            "k_scale",
-            {"format": FP8_TENSOR, "k_cache": torch.ones(2, 4, 2, 8).to(FP8), "v_cache": torch.ones(2, 4, 2, 8).to(FP8)},
-        ),
+        ("k_scale", FP8_CACHES | {"format": FP8_TENSOR}),
     ],
 )
 def test_errors_name_the_argument(name, change):
@@ -145,7 +164,7 @@ def test_errors_name_the_argument(name, change):
         store_kv(**arguments | change)
 
 
-@pytest.mark.parametrize("format", [FP8_TOKEN, INT8_TOKEN])
+@pytest.mark.parametrize("format", [FP8_BLOCK, INT8_TOKEN])
 def test_other_formats_are_refused_with_a_reason(format):
     x, held = torch.ones(1, 1, 8), torch.ones(1, 1, 1, 8)
     with pytest.raises(NotSupported, match=format.name):
@@ -161,7 +180,7 @@ def test_compiled_function_agrees(fp8):
         return k_cache.float() + 1
 
     dtype = FP8 if fp8 else torch.float32
-    one = [cache(2, 4, 2, 16, dtype, False) for _ in range(2)]
+    one = [cache(2, 4, 2, 16, dtype) for _ in range(2)]
     two = [held.clone() for held in one]
     x, slots = torch.randn(3, 2, 16), torch.tensor([5, -1, 0], dtype=torch.int32)
     got = torch.compile(function, fullgraph=True, backend="aot_eager")(x, *one, slots)
