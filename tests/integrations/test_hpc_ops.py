@@ -422,6 +422,29 @@ def test_rope_norm_store_kv(packed, policy):
         hpc.rope_norm_store_kv(*caches, *packed["arguments"], out_k=out_k)
 
 
+@pytest.mark.parametrize("policy", [0, 1, 2])
+def test_rope_norm_store_kv_with_narrower_values(packed, policy):
+    qkv, *others = packed["arguments"]
+    Hq, Hkv, _ = packed["split"]
+    narrow = qkv[:, 32 * (Hq + Hkv) :].unflatten(1, (Hkv, 32))[:, :, :16].flatten(1)
+    qkv = torch.cat((qkv[:, : 32 * (Hq + Hkv)], narrow), 1)
+    k_cache, v_cache = packed["caches"][0], packed["caches"][1][..., :16].clone()
+    weights = packed["weights"] if policy else {}
+    got = hpc.rope_norm_store_kv(k_cache, v_cache, qkv, *others, qk_norm_policy=policy, **weights)
+    exact, plain = expected_rows(packed, policy), expected_rows(packed, policy, torch.bfloat16)
+    judge("q", got[: packed["rows"]], exact[0], plain[0])
+    judge("k", k_cache[packed["at"]], exact[1], plain[1])
+    assert torch.equal(v_cache[packed["at"]].double(), exact[2][..., :16])
+    caches, scale = (k_cache.to(FP8), v_cache.to(FP8)), torch.tensor([0.05])
+    arguments = (qkv, *others, scale, scale, 1, max(packed["q_lens"]))
+    stored, _, _ = hpc.rope_norm_store_kv_fp8(*caches, *arguments, qk_norm_policy=policy, **weights)
+    assert float(stored[: packed["rows"]].float().abs().amax(-1).min()) == 448.0
+    # Half a step of e4m3, and what rounding to bfloat16 before it may have moved.
+    allowed = exact[1].abs() * 2**-4 + 0.05 * 2**-10 + 2 * (plain[1].double() - exact[1]).abs().max()
+    assert bool(((caches[0][packed["at"]].double() * 0.05 - exact[1]).abs() <= allowed).all())
+    codes_close(caches[1][packed["at"]], exact[2][..., :16].float() / 0.05)
+
+
 @pytest.mark.parametrize("quant_policy", [1, 2])
 def test_rope_norm_store_kv_fp8(packed, quant_policy):
     caches = [cache.to(FP8) for cache in packed["caches"]]
