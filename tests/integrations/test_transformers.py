@@ -78,6 +78,14 @@ def counted(monkeypatch):
     return counts
 
 
+@pytest.fixture
+def llama(models):
+    model = models("llama")
+    enable(model)
+    yield model
+    disable(model)
+
+
 def prompts():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 199, (3, 11), generator=generator)
@@ -180,6 +188,15 @@ def test_packed_sequences_are_those_alone(models):
     torch.testing.assert_close(got[1:, :4], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_under_torch_compile(llama):
+    ids, _ = prompts()
+    with torch.inference_mode():
+        expected = llama(ids, use_cache=False).logits
+        torch._dynamo.reset()
+        got = torch.compile(llama, backend="eager")(ids, use_cache=False).logits
+    torch.testing.assert_close(got, expected)
+
+
 def _lengths(generator, limit):
     return int(torch.randint(1, limit, (), generator=generator))
 
@@ -226,14 +243,6 @@ def refusal(call):
     with torch.inference_mode(), pytest.raises(NotSupported) as caught:
         call()
     return str(caught.value)
-
-
-@pytest.fixture
-def llama(models):
-    model = models("llama")
-    enable(model)
-    yield model
-    disable(model)
 
 
 def test_what_attention_cannot_express_is_refused(llama):
