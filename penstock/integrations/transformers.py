@@ -377,11 +377,20 @@ def _closed_over(function: Any, name: str) -> Any:
     return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
 
 
-def _packed_rows(sequence: Tensor) -> Tensor:
-    """Offsets of rows that hold several sequences each; sequence [batch, tokens] numbers them within a row."""
+def _packed_rows(sequence: Tensor, capturing: bool | None = None) -> Tensor:
+    """Offsets of rows that hold several sequences each; sequence [batch, tokens] numbers them within a row.
+
+    The host reads how many there are, except while a CUDA graph is captured: then there are as many as tokens, most of them
+    empty. Continuous batching captures, and does not use this mask.
+    """
     batch, tokens = sequence.shape
-    apart = sequence + tokens * torch.arange(batch, device=sequence.device)[:, None]
-    _, counts = torch.unique_consecutive(apart, return_counts=True)
+    apart = (sequence + tokens * torch.arange(batch, device=sequence.device)[:, None]).flatten()
+    if capturing is None:
+        capturing = sequence.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing:
+        counts = torch.zeros_like(apart).scatter_add_(0, apart, torch.ones_like(apart))
+    else:
+        _, counts = torch.unique_consecutive(apart, return_counts=True)
     # One empty request more, so that a single sequence is told from rows without padding.
     offsets = nn.functional.pad(counts.cumsum(0), (1, 0)).int()
     offsets = torch.cat((offsets, offsets[-1:]))

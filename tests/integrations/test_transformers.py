@@ -188,6 +188,21 @@ def test_packed_sequences_are_those_alone(models):
     torch.testing.assert_close(got[1:, :4], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_offsets_of_packed_rows_with_and_without_a_host_read():
+    generator = torch.Generator().manual_seed(0)
+    sequence = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]])
+    read, captured = (integration._packed_rows(sequence, capturing) for capturing in (False, True))
+    assert read.shape[-1] == 7 and captured.shape[-1] == 14
+    module = type("Layer", (nn.Module,), {"is_causal": True})()
+    q, k, v = (torch.randn(2, heads, 6, 8, generator=generator) for heads in (4, 2, 2))
+    got, again = (attend(module, q, k, v, mask)[0] for mask in (read, captured))
+    assert torch.equal(got, again)
+    together = sequence[:, None, :, None] == sequence[:, None, None, :]
+    options = {"attn_mask": together & (torch.ones(6, 6).tril() > 0), "enable_gqa": True}
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+    torch.testing.assert_close(got, expected)
+
+
 def test_under_torch_compile(llama):
     ids, _ = prompts()
     with torch.inference_mode():
