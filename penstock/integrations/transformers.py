@@ -108,9 +108,14 @@ def enable(model: Any) -> Report:
     Args:
         model: a PreTrainedModel made of Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Gemma, Gemma2 or Gemma3 layers.
     Returns: what was replaced, and what was left and why; `print` it. The same report again when the model is enabled already.
-    Raises: NotSupported when no layer of the model is known. Later, inside the model, NotSupported for a mask or an option
-        that attention cannot express, and where gradients are asked for: nothing falls back to the host's implementation.
+    Raises: TypeError for another kind of model; NotSupported when no layer of it is known. Later, inside the model,
+        NotSupported for a mask or an option that attention cannot express, and where gradients are asked for: nothing falls
+        back to the host's implementation.
     """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"enable: `model` must be a PreTrainedModel of transformers, got {type(model).__name__}")
     if _ENABLED in vars(model):
         return vars(model)[_ENABLED].report
     swap = _Swap(model)
@@ -263,8 +268,13 @@ def _rotate(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, unsqueeze_
     return q, k
 
 
-def _rotation_reason(model: nn.Module) -> str | None:
+_NO_INTERFACE = "its model does not choose its attention by AttentionInterface"
+
+
+def _rotation_reason(model: Any) -> str | None:
     """Why the rotary embedding of a model cannot be exchanged for one that returns a table."""
+    if not model._can_set_attn_implementation():
+        return _NO_INTERFACE
     for module in model.modules():
         if _family_of(module) is not None and type(module).__name__.endswith("Attention"):
             function = type(module).forward
@@ -288,7 +298,7 @@ def _swap_attention(swap: _Swap, module: Any, family: Family) -> str | None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if not swap.model._can_set_attn_implementation():
-        return "its model does not choose its attention by AttentionInterface"
+        return _NO_INTERFACE
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, packed_lengths)
     for config in (module.config, swap.model.config):

@@ -339,6 +339,22 @@ def test_an_error_on_the_way_leaves_nothing_behind(models, monkeypatch):
     assert snapshot(model) == before
 
 
+def test_attention_and_rotation_change_together_or_not_at_all(monkeypatch):
+    model = build("qwen3")
+    ids, _ = prompts()
+    expected = model.generate(ids, **GREEDY)
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    assert {name for name, _ in enable(model).replaced} == {"Qwen3RMSNorm", "Qwen3MLP"}
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+    disable(model)
+    monkeypatch.undo()
+    model.model.layers[1].self_attn.forward = model.model.layers[1].self_attn.forward
+    report = enable(model)
+    assert ("Qwen3Attention", "attention_prefill") in report.replaced
+    assert {name for name, _ in report.left} >= {"Qwen3Attention", "Qwen3RotaryEmbedding"}
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+
+
 def test_enable_twice_and_a_copy(models):
     model = models("qwen3")
     report = enable(model)
@@ -350,6 +366,8 @@ def test_enable_twice_and_a_copy(models):
         disable(model)
     with pytest.raises(ValueError, match="is not enabled"):
         disable(model)
+    with pytest.raises(TypeError, match="must be a PreTrainedModel of transformers, got Linear"):
+        enable(nn.Linear(2, 2))
     assert twin.config._attn_implementation == ATTENTION
     disable(twin)
     assert twin.config._attn_implementation == model.config._attn_implementation == "eager"
