@@ -149,7 +149,7 @@ def _reference(
     return torch.tensor(accepted, dtype=torch.int32), torch.tensor(ids, dtype=torch.int32).reshape(B, n + 1)
 
 
-@verify_draft.impl("triton", needs=("triton",), spill_bytes=128)
+@verify_draft.impl("triton", needs=("triton",), spill_bytes=144)
 def _triton(accepted: Tensor, ids: Tensor, *arguments: Any) -> None:
     from penstock.ops.sampling.verify_draft_triton import launch
 
