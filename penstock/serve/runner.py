@@ -21,6 +21,7 @@ from penstock.serve.models.spec import ModelError, ModelSpec, read_spec
 from penstock.serve.models.weights import Progress, load_weights
 from penstock.serve.plan import StepPlan, StepResult, Work
 from penstock.serve.sampler import Sampler
+from penstock.serve.states import StatePool, slot_bytes
 
 MAX_Q_LEN = 8  # tokens of a request that attention_decode takes
 
@@ -32,10 +33,8 @@ class Runner:
         num_pages, page_size: the pool that the scheduler hands out.
         max_model_len: the longest prompt and output together.
         vocab_size, eos_token_ids: of the model.
-        has_recurrent_state: whether a request has more to remember than its pages.
+        states: the recurrent states of the slots, None for a model of attention alone.
     """
-
-    has_recurrent_state = False
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> "Runner":
@@ -72,7 +71,7 @@ class Runner:
             spec,
             page_size=page_size,
             dtype=dtype,
-            available=available,
+            available=available - config.max_num_seqs * slot_bytes(spec, dtype),
             max_model_len=config.max_model_len,
             fill=given is not None or device.type == "cuda",
             max_num_seqs=config.max_num_seqs,
@@ -85,7 +84,9 @@ class Runner:
         self.num_pages = size.num_pages
         self.max_model_len = size.max_model_len
         self.pool = KVPool(spec, size.num_pages, page_size, dtype=dtype, device=device)
-        self.decoder = Decoder(spec, weights, self.pool.layers, max_model_len=size.max_model_len)
+        self.states = StatePool(spec.mambas, config.max_num_seqs, dtype=dtype, device=device) if spec.mambas else None
+        states = self.states.layers if self.states is not None else ()
+        self.decoder = Decoder(spec, weights, self.pool.layers, max_model_len=size.max_model_len, states=states)
         self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, spec.eos_token_ids, device)
         self.max_pages = -(-size.max_model_len // page_size)
         self._page_bits = page_size.bit_length() - 1
@@ -110,6 +111,11 @@ class Runner:
                     sizes = padded_sizes(config.max_num_seqs)
                     self._graphs.append(DecodeGraphs(step, sizes, padding, device=device, q_len=q_len, record=record))
 
+    @property
+    def has_recurrent_state(self) -> bool:
+        """As the engine asks."""
+        return self.states is not None
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Computes one step: stores keys and values, and samples where the plan says so."""
@@ -120,6 +126,8 @@ class Runner:
         updates = self._take_pages((*plan.decodes, *plan.prefills))
         if not plan.decodes and not plan.prefills:
             return StepResult({}, {})
+        if self.states is not None:
+            self.states.enter(plan)
         together = self._q_len(plan)
         if together is None:
             # Guesses of several lengths are rows of the prefill, which is where their attention is.
@@ -219,8 +227,16 @@ class Runner:
         if updates or self._gathered_slots != slots or self._gathered_pages.shape[1] != width:
             self._gathered_pages = self._pages[:, :width].index_select(0, rows)
             self._gathered_slots = slots
-        plan = self.decoder.plan(seqlens, self.page_size, q_len)
-        batch = Batch(positions, kv_slots, self._gathered_pages, seqlens, len(decodes), decode_plan=plan, q_len=q_len)
+        batch = Batch(
+            positions=positions,
+            slots=kv_slots,
+            page_table=self._gathered_pages,
+            seqlens_k=seqlens,
+            num_decodes=len(decodes),
+            decode_plan=self.decoder.plan(seqlens, self.page_size, q_len),
+            q_len=q_len,
+            state_slots=rows,
+        )
         return self.decoder.logits(self.decoder.forward(token_ids, batch))
 
     def _width(self, longest: int) -> int:
@@ -270,6 +286,7 @@ class Runner:
             cu_seqlens_q=packed[ends[1] : ends[2]],
             max_seqlen_q=longest_q,
             decode_plan=self.decoder.plan(seqlens[:num_decodes], self.page_size) if decodes else None,
+            state_slots=rows,
         )
         hidden = self.decoder.forward(token_ids, batch)
         return hidden.index_select(0, packed[ends[2] : ends[3]])
@@ -297,6 +314,8 @@ class Runner:
             num_decodes=size,
             decode_plan=self.decoder.plan(seqlens, self.page_size, q_len),
             q_len=q_len,
+            # the row of padding has no state
+            state_slots=None if self.states is None else rows.masked_fill(rows == self._pages.shape[0] - 1, -1),
         )
         return self.decoder.logits(self.decoder.forward(token_ids, batch))
 

@@ -18,3 +18,4 @@ class Batch:
     max_seqlen_q: int = 1
     decode_plan: tuple[Tensor, ...] | None = None
     q_len: int = 1  # more than 1 only without prefill rows
+    state_slots: Tensor | None = None  # [B] int32, of the requests' recurrent states; negative: nowhere
