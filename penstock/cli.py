@@ -32,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="LLM-inference operators at the limit of the hardware, and a compact serving runtime built from them.",
 )
+SPECULATIVE_HELP = 'Guess tokens: "ngram", or the folder of a smaller model with the same tokenizer.'
 DEVICE_HELP = "auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:N."
 
 
@@ -115,6 +116,8 @@ def generate(
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Prompt and output together; default: the model's.")] = None,
+    speculative: Annotated[str | None, typer.Option(help=SPECULATIVE_HELP)] = None,
+    num_speculative_tokens: Annotated[int, typer.Option(help="Tokens to guess in one step at most.")] = 4,
     stats: Annotated[bool, typer.Option(help="Show on stderr which kernels ran, why, and how fast.")] = True,
 ) -> None:
     """Generate text, shown as it comes."""
@@ -133,18 +136,22 @@ def generate(
             seed=seed,
             ignore_eos=ignore_eos,
         )
-        EngineConfig(model=model, device=device, dtype=dtype, max_model_len=max_model_len)
+        guesses = speculation(speculative, num_speculative_tokens)
+        config = EngineConfig(model, device=device, dtype=dtype, max_model_len=max_model_len, speculative=guesses)
     except (InvalidParameter, InvalidConfig) as error:
         reasons = "; ".join(line.strip() for line in str(error).splitlines())
         raise UsageError(reasons.removeprefix("SamplingParams: ").removeprefix("EngineConfig:; ")) from error
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     resolve_model(model)
+    if config.speculation is not None and config.speculation.model is not None:
+        resolve_model(config.speculation.model)
     resolve_device(device)
 
     from penstock.serve.llm import LLM
 
     with loading_bar() as progress:
-        llm = LLM(model, device=device, dtype=dtype, max_model_len=max_model_len, max_num_seqs=1, progress=progress)
+        options: dict[str, Any] = {"max_model_len": max_model_len, "speculative": config.speculation}
+        llm = LLM(model, device=device, dtype=dtype, max_num_seqs=1, progress=progress, **options)
     request: Any = text
     if chat or system is not None:
         messages = [{"role": "user", "content": text}]
@@ -155,7 +162,17 @@ def generate(
     measured = write_as_it_comes(llm, request, params)
     if stats:
         show_choices()
-        print(measured.describe(), file=sys.stderr)
+        counts = llm.engine.statistics()
+        guessed = f", {counts.accepted_tokens} of {counts.draft_tokens} guesses right" if speculative else ""
+        print(measured.describe() + guessed, file=sys.stderr)
+
+
+def speculation(drafter: str | None, num_tokens: int) -> dict[str, Any] | None:
+    """What EngineConfig calls `speculative`, of --speculative and --num-speculative-tokens."""
+    if drafter is None:
+        return None
+    options = {"method": "ngram"} if drafter == "ngram" else {"method": "draft", "model": drafter}
+    return {**options, "num_tokens": num_tokens}
 
 
 @dataclass(frozen=True)
@@ -246,6 +263,9 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens computed in one step.")] = 2048,
     kv_cache_memory: Annotated[str | None, typer.Option(help='Of the pages, such as "4GiB"; default: what is free.')] = None,
     page_size: Annotated[int | None, typer.Option(help="Tokens of a page; default: 64 on a GPU, 16 on a CPU.")] = None,
+    prefix_caching: Annotated[bool, typer.Option(help="Find the pages of equal beginnings again; no: compute all.")] = True,
+    speculative: Annotated[str | None, typer.Option(help=SPECULATIVE_HELP)] = None,
+    num_speculative_tokens: Annotated[int, typer.Option(help="Tokens to guess in one step at most.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the seeds drawn for requests that bring none.")] = 0,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's interface."""
@@ -263,6 +283,8 @@ def serve(
         "max_num_batched_tokens": max_num_batched_tokens,
         "kv_cache_memory": kv_cache_memory,
         "page_size": page_size,
+        "enable_prefix_caching": None if prefix_caching else False,
+        "speculative": speculation(speculative, num_speculative_tokens),
         "seed": seed,
     }
     try:

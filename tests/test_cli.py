@@ -116,6 +116,10 @@ def test_version(here):
         (["generate", "demo", "--prompt", "x", "--top-p", "0"], "`top_p` must be a number in (0, 1], got 0.0"),
         (["generate", "demo", "--prompt", "x", "--max-tokens", "0"], "`max_tokens` must be"),
         (["generate", "demo", "--prompt", "x", "--dtype", "int8"], "`dtype` must be one of auto, float32"),
+        (
+            ["generate", "demo", "--prompt", "x", "--speculative", "ngram", "--num-speculative-tokens", "0"],
+            "`num_tokens` must be",
+        ),
         (["generate", "demo", "--prompt", "x", "--device", "tpu"], '`device` must be "auto", "cpu"'),
         (["ops", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["ops", "--device", "cuda:99"], "--device cuda:99: there are"),
@@ -202,6 +206,19 @@ def test_generate_streams_text_and_tells_what_ran(here, tiny):
     assert re.search(r"^rms_norm +cpu +triton: needs a CUDA device", err, re.MULTILINE)
     assert re.search(r"^attention_decode +\S+", err, re.MULTILINE)
     assert re.search(r"tokens in, 12 out \(length\), time to first token \d+ ms, then [\d.]+ tokens per second", err)
+
+
+def test_generate_with_guesses_is_the_same_text(here, tiny):
+    arguments = ("generate", tiny, "--prompt", "the the the the", "--max-tokens", "24", "--temperature", "0", "--device", "cpu")
+    arguments += ("--dtype", "float32", "--ignore-eos")
+    plain = here(*arguments)[1]
+    for drafter in ("ngram", tiny):
+        code, out, err = here(*arguments, "--speculative", drafter, "--num-speculative-tokens", "3")
+        right, guessed = map(int, re.search(r"(\d+) of (\d+) guesses right", err).groups())
+        assert (code, out) == (0, plain) and right <= guessed
+        assert right == guessed > 0 or drafter == "ngram"
+    code, out, err = here(*arguments, "--speculative", "/no/such/model")
+    assert (code, out) == (1, "") and "model '/no/such/model': there is no such folder" in err
 
 
 def test_generate_without_stats_says_nothing_on_stderr(here, tiny):

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -41,6 +41,8 @@ def bench(
     host: Annotated[bool, typer.Option("--host/--no-host", help="Also time contract and choice of one eager call.")] = True,
     model: Annotated[str, typer.Option(help="engine: a local checkpoint.")] = "",
     shape: Annotated[str, typer.Option(help="engine: a published shape with random weights instead of a checkpoint.")] = "",
+    shared_prefix: Annotated[int, typer.Option(help="engine: time requests that begin with this many equal tokens.")] = 0,
+    speculative: Annotated[int, typer.Option(help="engine: time this many n-gram guesses on text that repeats.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Folder of the JSON files; default benchmarks/results/<device>.")] = None,
 ) -> None:
     """Time operators against their roofline floor and their peers, or the engine against transformers."""
@@ -53,7 +55,13 @@ def bench(
         # Candidates are kernels: without a GPU they run through the interpreter, chosen before Triton is imported.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     console = Console(width=200, soft_wrap=True)
-    targets = _special(console, list(targets), where, model=model, shape=shape, quick=quick, output=output)
+    options: dict[str, Any] = {"model": model, "shape": shape, "quick": quick, "output": output}
+    if "engine" in targets and (shared_prefix or speculative):
+        from penstock.bench.engine_options import bench_from_command_line
+
+        bench_from_command_line(console, where, prefix=shared_prefix, guesses=speculative, **options)
+        targets = [target for target in targets if target != "engine"]
+    targets = _special(console, list(targets), where, **options)
     if not targets:
         return
     from penstock.bench.run import catalogue

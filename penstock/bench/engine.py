@@ -221,6 +221,7 @@ def streamed_bytes(parameters: Sequence[torch.Tensor], embedding: torch.Tensor, 
 
 def pair_of_checkpoint(path: str | Path, device: torch.device, dtype: torch.dtype, **options: Any) -> Pair:
     """Both engines from one checkpoint."""
+    options["enable_prefix_caching"] = False  # the prompts come again and again
     spec = serve("models.spec").read_spec(serve("config").resolve_model(path))
     folder = serve("config").resolve_model(path)
     name = str(dtype).removeprefix("torch.")
@@ -233,6 +234,7 @@ def pair_of_checkpoint(path: str | Path, device: torch.device, dtype: torch.dtyp
 
 def pair_of_shape(shape: str, device: torch.device, dtype: torch.dtype, **options: Any) -> Pair:
     """Both engines around one set of random weights in a published shape."""
+    options["enable_prefix_caching"] = False  # the prompts come again and again
     config = config_of(shape)
     spec = serve("models.spec").ModelSpec.from_config(config)
     weights = serve("models.weights").random_weights(spec, device=device, dtype=dtype)

@@ -2,7 +2,8 @@
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,58 @@ def resolve_model(name: str | Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculativeConfig:
+    """Guess the next tokens cheaply, compute them together, keep those that are right.
+
+    Args:
+        method: "ngram" looks up how the last tokens went on when they came before; "draft" asks a smaller model.
+        num_tokens: guesses in one step at most.
+        model: the folder of the smaller model, which must have the same tokenizer.
+        min_ngram, max_ngram: how many of the last tokens must have come before; the longest match counts.
+        verification: "match" keeps the guesses that the model itself draws, so that the output is what it would be without
+            speculation; "rejection" keeps more of them when the temperature is not 0, with the same distribution.
+        kv_cache_memory: of the smaller model, as in EngineConfig.
+    Raises: InvalidConfig listing every field that is wrong.
+    """
+
+    method: str
+    num_tokens: int = 4
+    model: str | Path | None = None
+    min_ngram: int = 2
+    max_ngram: int = 4
+    verification: str = "match"
+    kv_cache_memory: int | str = "1GiB"
+
+    def __post_init__(self) -> None:
+        wanted = "a folder" if self.method == "draft" else 'None unless method="draft"'
+        rules = [
+            ("method", '"ngram" or "draft"', self.method in ("ngram", "draft")),
+            ("num_tokens", "an integer from 1 to 64", _is_int(self.num_tokens, 1) and self.num_tokens <= 64),
+            ("model", wanted, isinstance(self.model, (str, Path)) if self.method == "draft" else self.model is None),
+            ("min_ngram", "an integer ≥ 1", _is_int(self.min_ngram, 1)),
+            ("max_ngram", f"an integer ≥ min_ngram={self.min_ngram}", _is_int(self.max_ngram, self.min_ngram or 1)),
+            ("verification", '"match" or "rejection"', self.verification in ("match", "rejection")),
+        ]
+        reasons = [f"`{name}` must be {wanted}, got {getattr(self, name)!r}" for name, wanted, right in rules if not right]
+        try:
+            object.__setattr__(self, "kv_cache_memory", parse_bytes(self.kv_cache_memory))
+        except ValueError as error:
+            reasons.append(f"`kv_cache_memory` must be {error}")
+        if reasons:
+            raise InvalidConfig("speculative:\n" + "\n".join(f"  {reason}" for reason in reasons))
+
+    @classmethod
+    def of(cls, options: "Mapping[str, Any] | SpeculativeConfig") -> "SpeculativeConfig":
+        """From {"method": …, …}."""
+        if isinstance(options, cls):
+            return options
+        names = [field.name for field in fields(cls)]
+        if not isinstance(options, Mapping) or "method" not in options or not set(options) <= set(names):
+            raise InvalidConfig(f'speculative must be a dict with "method" and any of {", ".join(names[1:])}, got {options!r}')
+        return cls(**options)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything that decides how an engine is built.
 
@@ -65,6 +118,8 @@ class EngineConfig:
         seed: of the seeds drawn for requests that bring none.
         skip_tokenizer_init: token ids in, token ids out.
         enforce_eager: no CUDA graphs.
+        enable_prefix_caching: find the pages of earlier requests again; None does so unless the model has a recurrent state.
+        speculative: None, or the fields of SpeculativeConfig, such as {"method": "ngram", "num_tokens": 4}.
     Raises: InvalidConfig listing every field that is wrong.
     """
 
@@ -81,6 +136,8 @@ class EngineConfig:
     seed: int = 0
     skip_tokenizer_init: bool = False
     enforce_eager: bool = False
+    enable_prefix_caching: bool | None = None
+    speculative: Mapping[str, Any] | SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:
         reasons = [
@@ -91,6 +148,11 @@ class EngineConfig:
                 object.__setattr__(self, "kv_cache_memory", parse_bytes(self.kv_cache_memory))
             except ValueError as error:
                 reasons.append(f"`kv_cache_memory` must be {error}")
+        if self.speculative is not None:
+            try:
+                object.__setattr__(self, "speculative", SpeculativeConfig.of(self.speculative))
+            except InvalidConfig as error:
+                reasons += str(error).splitlines()
         if reasons:
             raise InvalidConfig("EngineConfig:\n" + "\n".join(f"  {reason}" for reason in reasons))
 
@@ -125,7 +187,19 @@ class EngineConfig:
             ("seed", "an integer ≥ 0", _is_int(self.seed, 0)),
             ("skip_tokenizer_init", "True or False", isinstance(self.skip_tokenizer_init, bool)),
             ("enforce_eager", "True or False", isinstance(self.enforce_eager, bool)),
+            ("enable_prefix_caching", "None, True or False", self.enable_prefix_caching in (None, True, False)),
         ]
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """`speculative` as it was checked, typed as what it is."""
+        assert self.speculative is None or isinstance(self.speculative, SpeculativeConfig)
+        return self.speculative
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Guesses in one step at most; 0 without speculation."""
+        return 0 if self.speculation is None else self.speculation.num_tokens
 
     @property
     def model_path(self) -> Path:
@@ -162,6 +236,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int  # in one step
     max_prefill_chunk: int | None = None  # tokens of one request in one step; None: whatever the step has left
     watermark: int | None = None  # pages kept free at admission for those already running; None: 1 %, at least 1
+    enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "page_size", "max_num_seqs", "max_num_batched_tokens"):

@@ -9,6 +9,7 @@ or a failure of the runner. One thread at a time.
 """
 
 import hashlib
+import itertools
 import operator
 import random
 import time
@@ -16,7 +17,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from penstock.serve.config import EngineConfig, SchedulerConfig
+from penstock.serve.config import EngineConfig, InvalidConfig, SchedulerConfig
+from penstock.serve.drafters import Drafter, DraftModel, NgramDrafter
 from penstock.serve.grammar import Grammar, GrammarCompiler, GrammarError
 from penstock.serve.outputs import CompletionOutput, EngineStatistics, FinishReason, Logprob, RequestMetrics, RequestOutput
 from penstock.serve.packages import MissingPackage
@@ -43,6 +45,11 @@ class Runner(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def eos_token_ids(self) -> Sequence[int]: ...
+    @property
+    def has_recurrent_state(self) -> bool:
+        """Whether a request has a state besides its pages, so that finding its pages again is not enough."""
+        ...
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Do all of the plan and answer with one token for each Work that samples."""
         ...
@@ -184,11 +191,29 @@ class _Group:
 
 
 class Engine:
-    """Requests in, outputs out, one step at a time."""
+    """Requests in, outputs out, one step at a time.
 
-    def __init__(self, config: EngineConfig, runner: Runner, tokenizer: Tokenizer | None) -> None:
+    Args:
+        drafter: guesses tokens, in place of what config.speculative names; "draft" must be given one.
+    """
+
+    def __init__(
+        self, config: EngineConfig, runner: Runner, tokenizer: Tokenizer | None, drafter: Drafter | None = None
+    ) -> None:
+        if config.enable_prefix_caching and runner.has_recurrent_state:
+            raise InvalidConfig("EngineConfig: `enable_prefix_caching` must be None or False for a model with recurrent state")
+        if config.speculative and runner.has_recurrent_state:
+            raise InvalidConfig("EngineConfig: `speculative` must be None for a model with recurrent state")
         self.config = config
         self.runner = runner
+        self.drafter = drafter
+        if drafter is None and config.speculation is not None and config.speculation.method == "ngram":
+            self.drafter = NgramDrafter(config.speculation.min_ngram, config.speculation.max_ngram)
+        if isinstance(drafter, DraftModel) and drafter.keep_probs and drafter.vocab_size != runner.vocab_size:
+            raise InvalidConfig(
+                f'EngineConfig: verification="rejection" needs a draft model of the same vocabulary, {runner.vocab_size}, '
+                f"got {drafter.vocab_size}"
+            )
         self.tokenizer = tokenizer
         self.max_model_len = min(runner.max_model_len, config.max_model_len or runner.max_model_len)
         self.eos_token_ids = tuple(dict.fromkeys([*runner.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())]))
@@ -200,6 +225,7 @@ class Engine:
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_prefill_chunk=config.max_prefill_chunk,
+                enable_prefix_caching=config.enable_prefix_caching is not False and not runner.has_recurrent_state,
             )
         )
         self._seeds = random.Random(config.seed)
@@ -313,14 +339,25 @@ class Engine:
             outputs, self._undelivered = self._undelivered, []
             return outputs
         try:
-            plan = self.scheduler.step()
+            plan = self.scheduler.step(self._drafts())
             if plan is None:
                 return self._take(self.scheduler.drain())
+            if isinstance(self.drafter, DraftModel):
+                plan.draft_probs.update(self.drafter.probs)
             self._constrain(plan)
             return self._take(self.scheduler.commit(self.runner.execute(plan)))
         except BaseException as error:
             self.abort_all("error" if isinstance(error, Exception) else "abort")
             raise
+
+    def _drafts(self) -> dict[str, list[int]]:
+        """What may come next for the requests that go on by one token; guesses end at one that is no token."""
+        if self.drafter is None:
+            return {}
+        requests = self.scheduler.draftable(self.config.num_draft_tokens)
+        drafts = self.drafter.propose(requests) if requests else {}
+        known = range(self.runner.vocab_size)
+        return {name: list(itertools.takewhile(known.__contains__, draft)) for name, draft in drafts.items()}
 
     def _constrain(self, plan: StepPlan) -> None:
         """Masks for the outputs that follow a grammar."""
@@ -335,7 +372,7 @@ class Engine:
         for work in (*plan.decodes, *plan.prefills):
             grammar = self._constrained.get(work.slot)
             if grammar is not None and work.sample:
-                plan.masks[work.slot] = grammar.masks()
+                plan.masks[work.slot] = grammar.masks(work.draft)
 
     def _take(self, events: list[Event]) -> list[RequestOutput]:
         """Give events to their completions; the outputs of the requests they belong to."""
@@ -349,12 +386,16 @@ class Engine:
                 if isinstance(event, FinishedEvent):
                     completion.end(event.reason, event.stop_reason)
                     continue
+                if completion.finish_reason is not None:  # a stop string ended it before this token of the same step
+                    continue
                 group.note_token()
                 if (found := completion.append(event)) is not None:
                     completion.close("stop", found)
                     self.scheduler.finish(event.request_id, "stop", found)
                 elif completion.grammar is not None and completion.grammar.finished:
-                    self.scheduler.finish(event.request_id, "error" if completion.grammar.fault else "stop")
+                    reason: FinishReason = "error" if completion.grammar.fault else "stop"
+                    completion.end(reason, None)
+                    self.scheduler.finish(event.request_id, reason)
             events = self.scheduler.drain()
         outputs = [group.output(which[name]) for name, group in touched.items() if group.stream or group.finished]
         for group in touched.values():

@@ -1,7 +1,8 @@
 """Decode steps recorded as CUDA graphs over padded batch sizes.
 
-One small int32 matrix holds all that changes from step to step, a column a row of the batch. A step is: fill the matrix
-on the host, copy it to the device, replay. Padding columns have length 0 and write nowhere.
+One small int32 matrix holds all that changes from step to step, a column a token. A step is: fill the matrix on the host,
+copy it to the device, replay. Padding columns have length 0 and write nowhere. With q_len tokens a request the first three
+fields have a column for each token, seqlen and table_row use the first of their columns, one for each request.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,9 +46,10 @@ class DecodeGraphs:
     """Recorded decode steps.
 
     Args:
-        step: the whole step on the device, from [len(FIELDS), size] int32 to logits [size, V].
+        step: the whole step on the device, from [len(FIELDS), size · q_len] int32 to logits [size · q_len, V].
         sizes: padded batch sizes, ascending.
         padding: one value for each of FIELDS.
+        q_len: tokens of each request.
         record: records a call; None records CUDA graphs.
     """
 
@@ -58,32 +60,34 @@ class DecodeGraphs:
         padding: Sequence[int],
         *,
         device: torch.device,
+        q_len: int = 1,
         record: Record | None = None,
     ):
         record = cuda_graph_recorder() if record is None else record
         self.sizes = list(sizes)
+        self.q_len = q_len
         self.padding = np.array(padding, dtype=np.int32)[:, None]
         self._recorded: dict[int, tuple[Tensor, Tensor, Callable[[], object], Tensor]] = {}
         for size in reversed(self.sizes):  # the largest first: the smaller ones then live in its memory
-            host = torch.empty((len(FIELDS), size), dtype=torch.int32, pin_memory=device.type == "cuda")
+            host = torch.empty((len(FIELDS), size * q_len), dtype=torch.int32, pin_memory=device.type == "cuda")
             host.numpy()[:] = self.padding
             inputs = host.to(device, copy=True)
             replay, logits = record(partial(step, inputs))
             self._recorded[size] = (host, inputs, replay, logits)
 
     def size_for(self, rows: int) -> int:
-        """The smallest recorded size with room for the rows."""
+        """The smallest recorded size with room for the requests."""
         return next(size for size in self.sizes if size >= rows)
 
     def host_inputs(self, rows: int) -> np.ndarray:
-        """The host matrix of the size for this many rows, all padding; the first columns are to be filled."""
+        """The host matrix of the size for this many requests, all padding; the first columns are to be filled."""
         values = self._recorded[self.size_for(rows)][0].numpy()
         values[:] = self.padding
         return values
 
     def replay(self, rows: int) -> Tensor:
-        """Runs the step on the filled host matrix and returns logits [rows, V], valid until the next replay."""
+        """Runs the step on the filled host matrix; logits [rows · q_len, V], valid until the next replay."""
         host, inputs, replay, logits = self._recorded[self.size_for(rows)]
         inputs.copy_(host, non_blocking=True)
         replay()
-        return logits[:rows]
+        return logits[: rows * self.q_len]

@@ -91,12 +91,12 @@ def size_pool(
 
 
 def available_memory(
-    spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, max_num_batched_tokens: int, max_num_seqs: int
+    spec: ModelSpec, *, device: torch.device, dtype: torch.dtype, max_num_batched_tokens: int, num_logits: int
 ) -> int:
     """Bytes that a pool may take on the device once the weights are there."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        activations = activation_bytes(spec, dtype, max_num_batched_tokens, max_num_seqs)
+        activations = activation_bytes(spec, dtype, max_num_batched_tokens, num_logits)
         return max(0, int(free - (1 - CUDA_UTILISATION) * total) - activations)
     return int(CPU_SHARE * host_memory())
 

@@ -4,10 +4,12 @@ import itertools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from penstock.serve.config import EngineConfig
+from penstock.serve.config import EngineConfig, SpeculativeConfig
+from penstock.serve.drafters import Drafter, DraftModel
 from penstock.serve.engine import EncodedPrompt, Engine, InvalidPrompt, Runner
 from penstock.serve.outputs import RequestOutput
 from penstock.serve.params import SamplingParams
@@ -40,6 +42,8 @@ class LLM:
         page_size: int | None = None,
         skip_tokenizer_init: bool = False,
         enforce_eager: bool = False,
+        enable_prefix_caching: bool | None = None,
+        speculative: Mapping[str, Any] | SpeculativeConfig | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
         runner: Runner | None = None,
@@ -57,15 +61,18 @@ class LLM:
             page_size=page_size,
             skip_tokenizer_init=skip_tokenizer_init,
             enforce_eager=enforce_eager,
+            enable_prefix_caching=enable_prefix_caching,
+            speculative=speculative,
             seed=seed,
         )
         if not skip_tokenizer_init and loaded is None:  # before the weights: it fails sooner
             loaded = load_tokenizer(config.tokenizer_path)
+        drafter = load_drafter(config)  # before the model, whose pages take the memory that is left
         if runner is None:
             from penstock.serve.runner import Runner as ModelRunner
 
             runner = ModelRunner.load(config, progress=progress)
-        self.engine = Engine(config, runner, loaded)
+        self.engine = Engine(config, runner, loaded, drafter)
         self._names = itertools.count()
         self._inboxes: dict[str, deque[RequestOutput]] = {}
 
@@ -216,6 +223,30 @@ class LLM:
         if reasons:
             raise InvalidPrompt("; ".join(reasons))
         return encoded
+
+
+def load_drafter(config: EngineConfig) -> Drafter | None:
+    """The smaller model of speculative={"method": "draft"}; None where there is none."""
+    speculation = config.speculation
+    if speculation is None or speculation.method != "draft":
+        return None
+    from penstock.serve.runner import Runner as ModelRunner
+
+    assert speculation.model is not None
+    own = replace(
+        config,
+        model=speculation.model,
+        speculative=None,
+        max_model_len=None,
+        kv_cache_memory=speculation.kv_cache_memory,
+    )
+    runner = ModelRunner.load(own)
+    return DraftModel(
+        runner,
+        max_num_seqs=own.max_num_seqs,
+        max_num_batched_tokens=own.max_num_batched_tokens,
+        keep_probs=speculation.verification == "rejection",
+    )
 
 
 def _as_list(prompts: Any) -> list[Any]:

@@ -62,6 +62,10 @@ class EngineStatistics:
     num_waiting: int
     num_pages: int
     num_free_pages: int  # held by no request
+    num_cached_pages: int  # of these, how many can be found by their content
     num_preemptions: int
     prompt_tokens: int  # of the requests that were admitted, once for each completion
+    prefix_hit_tokens: int  # of these, how many were found in the cache and not computed
     output_tokens: int
+    draft_tokens: int  # guesses computed
+    accepted_tokens: int  # of these, how many were right

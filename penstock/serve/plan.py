@@ -1,6 +1,8 @@
 """What crosses between the scheduler and the runner: one plan per step, one result back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from penstock.serve.params import SamplingParams
 
@@ -19,7 +21,10 @@ class SlotInit:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One request's part of one step."""
+    """One request's part of one step.
+
+    With draft tokens the last num_draft of token_ids are guesses; the token before them and each of them is sampled from.
+    """
 
     slot: int
     token_ids: list[int]  # the tokens to compute, at positions start … start + len - 1
@@ -28,25 +33,35 @@ class Work:
     new_pages: list[int]  # pages taken for this step (often empty)
     sample: bool  # sample from the last token's logits (False for all but the last prefill chunk)
     num_output: int  # tokens emitted so far; the sampled one will be number num_output
+    num_draft: int = 0
+
+    @property
+    def draft(self) -> list[int]:
+        """The guesses."""
+        return self.token_ids[len(self.token_ids) - self.num_draft :]
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """Everything the runner does in one step; `freed` comes before `new`, which may reuse a slot named there.
 
+    A page may be in the tables of several slots: whoever writes it, possibly in this step, is only one of them. In every layer
+    the keys and values of all tokens of the step are stored before any are read.
     A slot may be named in `freed` although its `new` never reached the runner, when a step was interrupted.
     """
 
     new: list[SlotInit]
-    decodes: list[Work]  # len(token_ids) == 1 and sample; first in the batch
+    decodes: list[Work]  # len(token_ids) == 1 + num_draft and sample; first in the batch
     prefills: list[Work]  # chunks, in first-come order
     freed: list[int]  # slots whose request ended or was preempted since the last plan
+    draft_probs: dict[int, Any] = field(default_factory=dict)  # slot → [V] of each guess, drawn from it; absent: certain
+    wants_probs: bool = False  # answer with the distributions that were drawn from; no Work then has guesses
     masks: dict[int, list[bytes]] = field(default_factory=dict)  # slot → tokens that its rows may sample, a bit each
 
     @property
     def num_tokens(self) -> int:
         """Tokens computed by this step."""
-        return len(self.decodes) + sum(len(work.token_ids) for work in self.prefills)
+        return sum(len(work.token_ids) for work in (*self.decodes, *self.prefills))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,5 +78,20 @@ class TokenLogprobs:
 class StepResult:
     """What the runner answers to a plan."""
 
-    token_ids: dict[int, int]  # slot → sampled token, one for every Work with sample=True
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # slot → only where params.logprobs asks
+    token_ids: dict[int, list[int]]  # slot → sampled tokens, for every Work with sample: one, and one for each right guess
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # slot → theirs, only where params.logprobs asks
+    probs: dict[int, Any] = field(default_factory=dict)  # slot → [V] float32 on the device, only where plan.wants_probs asks
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """A request whose next tokens may be guessed."""
+
+    request_id: str
+    slot: int
+    arrival: int  # names the request for ever, its request_id may come again
+    token_ids: Sequence[int]  # prompt and output; grows after the call
+    num_prompt: int
+    params: SamplingParams
+    seed: int
+    limit: int  # tokens to guess at most, ≥ 1

@@ -4,18 +4,25 @@ Requests live in one first-come order, cut in two: `running` holds the older one
 `waiting` the younger ones. Admission moves the cut right, preemption moves it left; nothing ever overtakes. The oldest
 request can take pages from all others and `add` refuses what would not fit alone, so every step makes progress.
 
+With prefix caching a full page is published under its key when its last token is planned, not when it is computed: the
+runner stores the keys and values of all tokens of a step before it reads any, so even requests of the same step share it.
+Only full pages are shared and the last token of a request is always computed, so nobody writes to a page of two holders.
+
 Nothing here knows tensors, time or chance: the plans depend on the calls alone.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from penstock.serve.config import SchedulerConfig
 from penstock.serve.outputs import EngineStatistics, FinishReason
-from penstock.serve.pages import PageAllocator
+from penstock.serve.pages import PagePool, page_key, root_key
 from penstock.serve.params import SamplingParams
-from penstock.serve.plan import SlotInit, StepPlan, StepResult, TokenLogprobs, Work
+from penstock.serve.plan import DraftRequest, SlotInit, StepPlan, StepResult, TokenLogprobs, Work
+
+NO_DRAFTS: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 
 class RequestRefused(ValueError):
@@ -54,10 +61,14 @@ class _Request:
     seed: int
     eos_token_ids: tuple[int, ...]
     max_output: int
+    keys: list[bytes]  # of the salt, then of each full page of tokens, as far as they were asked for
     slot: int = -1
     pages: list[int] = field(default_factory=list)
+    num_sent: int = 0  # pages that the runner knows of
+    num_published: int = 0  # pages that can be found, or whose key was taken
     num_computed: int = 0
     was_preempted: bool = False
+    ended: bool = False
 
     @property
     def num_output(self) -> int:
@@ -74,7 +85,8 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.num_preemptions = 0
-        self._prompt_tokens = self._output_tokens = 0
+        self._prompt_tokens = self._prefix_hit_tokens = self._output_tokens = 0
+        self._draft_tokens = self._accepted_tokens = 0
         self._arrivals = 0
         self.reset()
 
@@ -84,7 +96,7 @@ class Scheduler:
         It asks nothing of the state it replaces, so it is safe after an interruption at any line.
         """
         config = self.config
-        self._pages = PageAllocator(config.num_pages)
+        self._pages = PagePool(config.num_pages)
         self._watermark = max(1, config.num_pages // 100) if config.watermark is None else config.watermark
         self._free_slots = deque(range(config.max_num_seqs))
         self._freed = list(range(config.max_num_seqs)) if self._arrivals else []
@@ -121,8 +133,14 @@ class Scheduler:
         params: SamplingParams,
         seed: int,
         eos_token_ids: Sequence[int] = (),
+        *,
+        salt: bytes = b"",
     ) -> None:
-        """Put a request at the end of the waiting queue, or raise RequestRefused if it can never run."""
+        """Put a request at the end of the waiting queue, or raise RequestRefused if it can never run.
+
+        Args:
+            salt: requests share pages only with those of the same salt.
+        """
         if request_id in self._requests:
             raise RequestRefused(f"request {request_id!r} is already here")
         reason = self.why_refused(len(prompt_token_ids), params)
@@ -138,6 +156,7 @@ class Scheduler:
             seed=seed,
             eos_token_ids=tuple(eos_token_ids),
             max_output=longest if params.max_tokens is None else min(longest, params.max_tokens),
+            keys=[root_key(salt)],
         )
         self._arrivals += 1
         self._requests[request_id] = request
@@ -152,6 +171,7 @@ class Scheduler:
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
+        request.ended = True
         if request.slot >= 0:
             self._running.remove(request)
             self._release(request)
@@ -162,8 +182,23 @@ class Scheduler:
 
     # One step
 
-    def step(self) -> StepPlan | None:
-        """Plan the next step; None when no request is left to compute."""
+    def draftable(self, num_tokens: int) -> list[DraftRequest]:
+        """The requests of which up to `num_tokens` next tokens may be guessed for the next step."""
+        found = []
+        for request in self._running:
+            limit = min(num_tokens, request.max_output - request.num_output - 1)
+            if request.remaining == 1 and limit > 0:
+                names = request.request_id, request.slot, request.arrival
+                found.append(DraftRequest(*names, request.tokens, request.num_prompt, request.params, request.seed, limit))
+        return found
+
+    def step(self, drafts: Mapping[str, Sequence[int]] = NO_DRAFTS) -> StepPlan | None:
+        """Plan the next step; None when no request is left to compute.
+
+        Args:
+            drafts: request id → guesses of its next tokens, for requests that `draftable` named. They take what tokens and
+                pages are to spare, never those of another request.
+        """
         if self._in_flight is not None:
             raise RuntimeError("Scheduler.step: the last plan was not committed")
         if not self._requests:
@@ -179,10 +214,16 @@ class Scheduler:
             request = self._running[index]
             index += 1
             decode = request.remaining == 1
+            if not decode and budget:
+                self._adopt(request, self._cached_pages(request))
             count = self._make_room(request, 1 if decode else self._chunk(request, budget))
             if count == 0:
                 continue
-            work = self._work(request, count)
+            draft = drafts.get(request.request_id, ()) if decode and drafts else ()
+            if draft:
+                draft = draft[: self._spare(request, budget)]
+                budget -= len(draft)
+            work = self._work(request, count, draft)
             in_flight.append((request, work))
             if decode:
                 decodes.append(work)
@@ -192,15 +233,19 @@ class Scheduler:
 
         while self._waiting:
             request = next(iter(self._waiting.values()))
-            count = self._chunk(request, budget)
-            if count == 0 or not self._free_slots or not self._has_room(request, count):
+            if not budget or not self._free_slots:
+                break
+            cached = self._cached_pages(request)
+            if not self._has_room(request, cached, budget):
                 break
             del self._waiting[request.request_id]
             self._running.append(request)
             request.slot = self._free_slots.popleft()
             new.append(self._slot_init(request))
+            self._adopt(request, cached)
             if not request.was_preempted:
                 self._prompt_tokens += request.num_prompt
+            count = self._chunk(request, budget)
             work = self._work(request, count)
             in_flight.append((request, work))
             prefills.append(work)
@@ -219,15 +264,18 @@ class Scheduler:
         """
         if self._in_flight is None:
             raise RuntimeError("Scheduler.commit: no plan is in flight")
-        live = [(request, work) for request, work in self._in_flight if self._is_here(request)]
-        missing = [work.slot for _, work in live if work.sample and work.slot not in result.token_ids]
+        live = [(request, work) for request, work in self._in_flight if not request.ended]
+        missing = [work.slot for _, work in live if work.sample and not result.token_ids.get(work.slot)]
         if missing:
             raise ValueError(f"Scheduler.commit: the result has no token for slots {missing}")
         self._in_flight = None
         for request, work in live:
-            request.num_computed += len(work.token_ids)
-            if work.sample:
-                self._append(request, result.token_ids[work.slot], result.logprobs.get(work.slot))
+            request.num_computed += len(work.token_ids) - work.num_draft
+            if work.num_draft:
+                self._append_run(request, work, result)
+            elif work.sample:
+                logprobs = result.logprobs[work.slot][0] if work.slot in result.logprobs else None
+                self._append(request, result.token_ids[work.slot][0], logprobs)
         return self.drain()
 
     def drain(self) -> list[Event]:
@@ -257,15 +305,63 @@ class Scheduler:
             self._preempt(self._running[-1])
         return 0
 
-    def _has_room(self, request: _Request, count: int) -> bool:
+    def _spare(self, request: _Request, budget: int) -> int:
+        """How many guesses may be computed after the last token of a request.
+
+        Half of the step is kept for prompts, and of the free pages one for each request that runs.
+        """
+        spare = max(0, self._pages.num_free - len(self._running) - self._watermark)
+        room = (len(request.pages) + spare) * self.config.page_size - request.num_computed - 1
+        return max(0, min(request.max_output - request.num_output - 1, budget // 2, room))
+
+    def _has_room(self, request: _Request, cached: list[int], budget: int) -> bool:
         """Whether a waiting request may start: pages for its first chunk, or for all of it once it was preempted.
 
         Were a preempted request let back in chunk by chunk, those running would soon take its pages again.
         """
         if not self._running:
             return True
-        tokens = request.remaining if request.was_preempted else count
-        return -(-tokens // self.config.page_size) + self._watermark <= self._pages.num_free
+        left = request.remaining - len(cached) * self.config.page_size
+        tokens = left if request.was_preempted else min(left, budget, self.config.max_prefill_chunk or budget)
+        unheld = sum(self._pages.holders(page) == 0 for page in cached)
+        return unheld - (-tokens // self.config.page_size) + self._watermark <= self._pages.num_free
+
+    def _cached_pages(self, request: _Request) -> list[int]:
+        """The pages to be found that go on where those of a request end, one token at least left to compute."""
+        size, pages = self.config.page_size, list[int]()
+        if self.config.enable_prefix_caching and request.num_computed == len(request.pages) * size:
+            for index in range(len(request.pages), (len(request.tokens) - 1) // size):
+                page = self._pages.find(self._key(request, index))
+                if page is None:
+                    break
+                pages.append(page)
+        return pages
+
+    def _adopt(self, request: _Request, pages: list[int]) -> None:
+        """Let a request go on after pages that were found."""
+        if not pages:
+            return
+        for page in pages:
+            self._pages.hold(page)
+        request.pages += pages
+        request.num_published = len(request.pages)
+        request.num_computed = len(request.pages) * self.config.page_size
+        if not request.was_preempted:
+            self._prefix_hit_tokens += len(pages) * self.config.page_size
+
+    def _publish(self, request: _Request, stop: int) -> None:
+        """Let the full pages of the first `stop` tokens of a request be found."""
+        if self.config.enable_prefix_caching:
+            for index in range(request.num_published, min(stop, len(request.tokens)) // self.config.page_size):
+                self._pages.publish(request.pages[index], self._key(request, index))
+                request.num_published = index + 1
+
+    def _key(self, request: _Request, index: int) -> bytes:
+        """The key of page `index` of a request."""
+        keys, size = request.keys, self.config.page_size
+        for at in range(len(keys) - 1, index + 1):
+            keys.append(page_key(keys[at], request.tokens[at * size : (at + 1) * size]))
+        return keys[index + 1]
 
     def _preempt(self, request: _Request) -> None:
         self._running.remove(request)
@@ -277,8 +373,10 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _release(self, request: _Request) -> None:
-        self._pages.release(request.request_id, request.pages)
+        self._publish(request, request.num_computed)
+        self._pages.release(request.pages)
         request.pages = []
+        request.num_sent = request.num_published = 0
         self._free_slots.append(request.slot)
         self._freed.append(request.slot)
         request.slot = -1
@@ -287,26 +385,42 @@ class Scheduler:
         prompt, output = request.tokens[: request.num_prompt], request.tokens[request.num_prompt :]
         return SlotInit(request.slot, request.request_id, prompt, output, request.params, request.seed)
 
-    def _work(self, request: _Request, count: int) -> Work:
-        start, stop = request.num_computed, request.num_computed + count
-        page_index = len(request.pages)
-        new_pages: list[int] = []
-        if stop > page_index * self.config.page_size:
-            new_pages = self._pages.allocate(request.request_id, -(-stop // self.config.page_size) - page_index)
-            request.pages += new_pages
-        sample = stop == len(request.tokens)
-        return Work(request.slot, request.tokens[start:stop], start, page_index, new_pages, sample, request.num_output)
+    def _work(self, request: _Request, count: int, draft: Sequence[int] = ()) -> Work:
+        size, start, stop = self.config.page_size, request.num_computed, request.num_computed + count
+        missing = -(-(stop + len(draft)) // size) - len(request.pages)
+        if missing > 0:
+            request.pages += self._pages.allocate(missing)
+        page_index, request.num_sent = request.num_sent, len(request.pages)
+        if stop // size > request.num_published:
+            self._publish(request, stop)
+        token_ids = request.tokens[start:stop]
+        token_ids += draft
+        sample, new_pages = stop == len(request.tokens), request.pages[page_index:]
+        return Work(request.slot, token_ids, start, page_index, new_pages, sample, request.num_output, len(draft))
+
+    def _append_run(self, request: _Request, work: Work, result: StepResult) -> None:
+        """Take in what was sampled at guesses: those that were right are computed; all end where the request ends."""
+        token_ids = result.token_ids[work.slot]
+        logprobs: Sequence[TokenLogprobs | None] = result.logprobs.get(work.slot) or [None] * len(token_ids)
+        request.num_computed += len(token_ids) - 1
+        self._draft_tokens += work.num_draft
+        self._accepted_tokens += len(token_ids) - 1
+        for token_id, own in zip(token_ids, logprobs, strict=True):
+            if not request.ended:
+                self._append(request, token_id, own)
+        if not request.ended:
+            self._publish(request, request.num_computed)
 
     def _append(self, request: _Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         request.tokens.append(token_id)
         self._output_tokens += 1
-        params = request.params
+        params, num_output = request.params, request.num_output
         is_eos = token_id in request.eos_token_ids and not params.ignore_eos
-        is_stop = (is_eos or token_id in params.stop_tokens) and request.num_output >= params.min_tokens
+        is_stop = (is_eos or token_id in params.stop_tokens) and num_output >= params.min_tokens
         self._events.append(TokenEvent(request.request_id, token_id, logprobs, is_stop))
         if is_stop:
             self.finish(request.request_id, "stop", None if is_eos else token_id)
-        elif request.num_output >= request.max_output:
+        elif num_output >= request.max_output:
             self.finish(request.request_id, "length")
 
     # What it looks like from outside
@@ -321,6 +435,7 @@ class Scheduler:
 
     @property
     def num_free_pages(self) -> int:
+        """Pages that no request holds."""
         return self._pages.num_free
 
     def statistics(self) -> EngineStatistics:
@@ -330,28 +445,30 @@ class Scheduler:
             num_waiting=self.num_waiting,
             num_pages=self.config.num_pages,
             num_free_pages=self._pages.num_free,
+            num_cached_pages=self._pages.num_cached,
             num_preemptions=self.num_preemptions,
             prompt_tokens=self._prompt_tokens,
+            prefix_hit_tokens=self._prefix_hit_tokens,
             output_tokens=self._output_tokens,
+            draft_tokens=self._draft_tokens,
+            accepted_tokens=self._accepted_tokens,
         )
-
-    def _is_here(self, request: _Request) -> bool:
-        return self._requests.get(request.request_id) is request
 
     def check(self) -> None:
         """Assert everything that holds between calls."""
-        self._pages.check()
         order = [*self._running, *self._waiting.values()]
+        self._pages.check(page for request in order for page in request.pages)
         assert [request.arrival for request in order] == sorted(request.arrival for request in order)
         assert {request.request_id: request for request in order} == self._requests and len(order) == len(self._requests)
         slots = [request.slot for request in self._running]
         assert sorted([*slots, *self._free_slots]) == list(range(self.config.max_num_seqs))
-        assert sum(len(request.pages) for request in order) == self.config.num_pages - self._pages.num_free
-        planned = {request.request_id: len(work.token_ids) for request, work in self._in_flight or []}
+        planned = {request.request_id: len(work.token_ids) - work.num_draft for request, work in self._in_flight or []}
         for request in self._running:
             tokens = request.num_computed + planned.get(request.request_id, 0)
-            assert len(request.pages) == -(-tokens // self.config.page_size)
-            assert all(self._pages.owner(page) == request.request_id for page in request.pages)
+            assert len(request.pages) >= -(-tokens // self.config.page_size)  # more after guesses that were wrong
             assert 0 <= request.num_computed < len(request.tokens)
+            complete = min(tokens, len(request.tokens)) // self.config.page_size
+            assert request.num_published == (complete if self.config.enable_prefix_caching else 0)
+            assert all(self._pages.holders(page) == 1 for page in request.pages[complete:]), "a page is shared and written"
         for request in self._waiting.values():
             assert request.slot == -1 and not request.pages and request.num_computed == 0

@@ -1,8 +1,8 @@
 """A runner without a model: it keeps the runner's side of the contract and checks that every plan keeps the other.
 
 Its KV pool stores the token and position of every entry, and the next token is a hash of the history read back through
-the page table. A page given to two requests, a position skipped or a chunk lost changes the tokens, or fails an
-assertion.
+the page table. A page given to two requests of different history, one written by both, a position skipped or a chunk lost
+fails an assertion.
 """
 
 import zlib
@@ -21,6 +21,8 @@ class _Row:
 
 class SimulatedRunner:
     """Answers plans; `rows` is its slot table, `plans` what it was given."""
+
+    has_recurrent_state = False
 
     def __init__(
         self,
@@ -57,38 +59,53 @@ class SimulatedRunner:
         assert plan.num_tokens <= self.max_num_batched_tokens
         works = [*plan.decodes, *plan.prefills]
         assert works and len({work.slot for work in works}) == len(works)
-        assert all(len(work.token_ids) == 1 and work.sample for work in plan.decodes)
-        tokens: dict[int, int] = {}
-        logprobs: dict[int, TokenLogprobs] = {}
+        assert all(len(work.token_ids) == 1 + work.num_draft and work.sample for work in plan.decodes)
+        assert not any(work.num_draft for work in plan.prefills)
+        tokens: dict[int, list[int]] = {}
+        logprobs: dict[int, list[TokenLogprobs]] = {}
         for work in works:
+            self._write(self.rows[work.slot], work)
+        for work in works:  # after all have written, as in every layer of a model
             row = self.rows[work.slot]
-            self._write(row, work)
+            self._read(row, work)
             if work.sample:
-                token = tokens[work.slot] = self._sample(row)
-                if row.init.params.logprobs is not None:
-                    logprobs[work.slot] = self._logprobs(token, row.init.params.logprobs)
-        owned = [page for row in self.rows.values() for page in row.pages]
-        assert len(set(owned)) == len(owned), "a page is in two rows"
+                tokens[work.slot] = [self._sample(row)]
+                for guess in work.draft:
+                    assert 0 <= guess < self.vocab_size
+                    if guess != tokens[work.slot][-1]:
+                        break
+                    row.computed += 1
+                    tokens[work.slot].append(self._sample(row))
+                if (count := row.init.params.logprobs) is not None:
+                    logprobs[work.slot] = [self._logprobs(token, count) for token in tokens[work.slot]]
         return StepResult(tokens, logprobs)
 
     def _write(self, row: _Row, work: Work) -> None:
         history = [*row.init.prompt_token_ids, *row.sampled]
-        stop = work.start + len(work.token_ids)
-        assert work.start == row.computed and work.token_ids == history[work.start : stop] and work.token_ids
+        stop = work.start + len(work.token_ids) - work.num_draft
+        assert work.token_ids == [*history[work.start : stop], *work.draft] and stop > work.start
+        found = work.start - row.computed  # tokens in pages of others
+        assert found == 0 or (found > 0 and found % self.page_size == row.computed % self.page_size == 0)
         assert work.sample == (stop == len(history)) and work.num_output == len(row.sampled)
-        assert self.max_prefill_chunk is None or len(work.token_ids) <= self.max_prefill_chunk
+        assert self.max_prefill_chunk is None or stop - work.start <= self.max_prefill_chunk
         assert work.page_index == len(row.pages)
         row.pages += work.new_pages
         assert all(0 <= page < self.num_pages for page in work.new_pages)
-        assert len(row.pages) == -(-stop // self.page_size)
+        assert len(row.pages) >= -(-(stop + work.num_draft) // self.page_size)
         for position, token in enumerate(work.token_ids, start=work.start):
-            self.pool[row.pages[position // self.page_size]][position % self.page_size] = (position, token)
+            page = row.pages[position // self.page_size]
+            assert not any(page in other.pages for other in self.rows.values() if other is not row), "a shared page is written"
+            self.pool[page][position % self.page_size] = (position, token)
         row.computed = stop
 
+    def _read(self, row: _Row, work: Work) -> None:
+        stop = row.computed + work.num_draft
+        entries = [self.pool[row.pages[at // self.page_size]][at % self.page_size] for at in range(stop)]
+        history = [*row.init.prompt_token_ids, *row.sampled]
+        assert entries == list(enumerate([*history[: row.computed], *work.draft])), "a page was overwritten"
+
     def _sample(self, row: _Row) -> int:
-        entries = [self.pool[row.pages[at // self.page_size]][at % self.page_size] for at in range(row.computed)]
-        assert [entry and entry[0] for entry in entries] == list(range(row.computed)), "a page was overwritten"
-        token = self.next_token(row.init.seed, [entry[1] for entry in entries if entry])
+        token = self.next_token(row.init.seed, [*row.init.prompt_token_ids, *row.sampled])
         if self.script is not None:
             token = self.script[len(row.sampled) % len(self.script)]
         row.sampled.append(token)

@@ -62,8 +62,8 @@ def test_increments_hold_what_is_new():
 
 def test_statistics_count_what_was_done():
     engine = build(num_pages=8, max_model_len=64)
-    for name in "abc":
-        engine.add_request(name, [1, 2, 3, 4, 5], SamplingParams(max_tokens=12))
+    for first in range(3):
+        engine.add_request(str(first), [first, 2, 3, 4, 5], SamplingParams(max_tokens=12))
     assert (engine.statistics().num_waiting, engine.statistics().num_running) == (3, 0)
     engine.step()
     now = engine.statistics()

@@ -1,5 +1,6 @@
 """Output that follows a grammar: by itself, in a batch of others, through preemption, and refused with a reason."""
 
+import itertools
 import json
 import re
 import sys
@@ -74,6 +75,36 @@ def test_preemption_changes_nothing():
     assert roomy.engine.scheduler.num_preemptions == 0 and tight.engine.scheduler.num_preemptions > 0
     assert [output.token_ids for output in got] == [output.token_ids for output in expected]
     assert all(json.loads(output.text) for output in got)
+
+
+class Ends:
+    """Guesses the end, or what the grammar forbids, or what a drafter would."""
+
+    def __init__(self, drafter, end):
+        self.drafter, self.kinds = drafter, itertools.cycle(([end], [5, 5], None))
+
+    def propose(self, requests):
+        drafts = self.drafter.propose(requests)
+        return {name: draft if (kind := next(self.kinds)) is None else kind for name, draft in drafts.items()}
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "draft", "ends"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_guesses_change_nothing(llm, drafter, temperature):
+    options = {"method": "draft", "model": "demo", "kv_cache_memory": "8MiB"} if drafter == "draft" else {"method": "ngram"}
+    options |= {"num_tokens": 5} if drafter == "draft" else {"min_ngram": 1}
+    fast = LLM("demo", device="cpu", dtype="float32", max_num_seqs=8, max_model_len=256, speculative=options)
+    if drafter == "ends":
+        fast.engine.drafter = Ends(fast.engine.drafter, fast.engine.eos_token_ids[0])
+    texts = ["A person:", "1, 2, 3, 1, 2, 3,", "A generator is"]
+    every = [grammars.json_schema(PERSON), grammars.regex(r"([0-9], ){6}"), None]
+    params = [
+        SamplingParams(temperature=temperature, seed=seed, max_tokens=40, grammar=grammar) for seed, grammar in enumerate(every)
+    ]
+    wanted, got = ([output.outputs[0] for output in each.generate(texts, params)] for each in (llm, fast))
+    assert [each.token_ids for each in got] == [each.token_ids for each in wanted]
+    assert [(each.text, each.finish_reason) for each in got] == [(each.text, each.finish_reason) for each in wanted]
+    assert fast.engine.statistics().draft_tokens > 0
 
 
 def wide(seed):

@@ -1,38 +1,30 @@
 """The runner on a small random model: pool sizes, recorded steps, sampling state, what a plan may hold."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from penstock.serve.config import EngineConfig, SchedulerConfig
+from penstock.serve.config import SchedulerConfig
 from penstock.serve.graphs import FIELDS, DecodeGraphs, padded_sizes
 from penstock.serve.kv import KVPool, activation_bytes, available_memory, host_memory, page_bytes, size_pool
-from penstock.serve.models.spec import LayerSpec, ModelError, ModelSpec, RopeSpec
-from penstock.serve.models.weights import random_weights
+from penstock.serve.models.spec import LayerSpec, ModelError, ModelSpec
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import SlotInit, StepPlan, StepResult, Work
-from penstock.serve.runner import Runner, resolve_device, resolve_dtype
+from penstock.serve.runner import resolve_device, resolve_dtype
 from penstock.serve.scheduler import Scheduler, TokenEvent
+from tests.serve.small_model import LAYER, ROPE, SPEC, make_runner
 
-LAYER = LayerSpec(num_heads=4, num_kv_heads=2, head_dim=16, query_scale=0.25, mlp_size=48)
-ROPE = RopeSpec(16, {"rope_type": "default", "rope_theta": 10000.0})
-SPEC = ModelSpec("LlamaForCausalLM", 61, 32, (LAYER,) * 2, (ROPE,), 128, 1e-5, eos_token_ids=(2,))
 PROMPTS = [list(range(3, 3 + n)) for n in (9, 1, 17, 4, 26)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
 
 
-def make_runner(record=None, **options):
-    weights = random_weights(SPEC, dtype=torch.float32, seed=3)
-    for tensor in weights.tensors():
-        if tensor.dim() == 2:
-            tensor.mul_(15)
-    return Runner(SPEC, weights, EngineConfig("unused", **{"max_num_seqs": 6, "page_size": 4, **options}), record=record)
-
-
-def generate(runner, prompts, params, *, budget=64, max_num_seqs=6, num_pages=None):
+def generate(runner, prompts, params, *, budget=64, max_num_seqs=6, num_pages=None, caching=True):
     """(tokens, log-probabilities) of each prompt; params one for all or a list; the seed of prompt i is 100 + i."""
     pages = runner.num_pages if num_pages is None else num_pages
-    scheduler = Scheduler(SchedulerConfig(pages, runner.page_size, runner.max_model_len, max_num_seqs, budget))
+    limits = (pages, runner.page_size, runner.max_model_len, max_num_seqs, budget)
+    scheduler = Scheduler(SchedulerConfig(*limits, enable_prefix_caching=caching))
     every = params if isinstance(params, list) else [params] * len(prompts)
     for i, (prompt, own) in enumerate(zip(prompts, every, strict=True)):
         scheduler.add(str(i), prompt, own, own.seed if own.seed is not None else 100 + i, runner.eos_token_ids)
@@ -84,7 +76,7 @@ def test_a_long_model_is_cut_to_what_the_pool_holds():
 
 def test_memory_that_is_available():
     assert 0 < host_memory() < 1 << 50
-    options = {"dtype": torch.bfloat16, "max_num_batched_tokens": 64, "max_num_seqs": 4}
+    options = {"dtype": torch.bfloat16, "max_num_batched_tokens": 64, "num_logits": 4}
     assert 0 < available_memory(SPEC, device=torch.device("cpu"), **options) <= host_memory()
     assert activation_bytes(SPEC, torch.bfloat16, 64, 4) > 64 * 2 * 48 * 2 + 4 * 61 * 4
 
@@ -132,9 +124,8 @@ def test_a_replay_sees_its_rows_and_padding():
 def test_recorded_steps_give_the_same_tokens(page_size):
     eager, recorded = make_runner(page_size=page_size), make_runner(record_plainly, page_size=page_size)
     recorded._pages = recorded._pages.clone()  # on a GPU the host's table and the device's are two
-    recorded._graphs = DecodeGraphs(
-        recorded._decode_step, padded_sizes(6), recorded._graphs.padding[:, 0], device=recorded.device, record=record_plainly
-    )
+    step, padding = partial(recorded._decode_step, 1), recorded._graphs[0].padding[:, 0]
+    recorded._graphs = [DecodeGraphs(step, padded_sizes(6), padding, device=recorded.device, record=record_plainly)]
     recorded._write_pages = lambda updates: recorded._pages.copy_(torch.from_numpy(recorded._host_pages))
     assert generate(recorded, PROMPTS, GREEDY) == generate(eager, PROMPTS, GREEDY)
 
@@ -142,7 +133,7 @@ def test_recorded_steps_give_the_same_tokens(page_size):
 def test_padding_rows_write_nothing():
     runner = make_runner(record_plainly)
     runner.pool.data.fill_(torch.nan)
-    generate(runner, PROMPTS[:3], GREEDY)
+    generate(runner, PROMPTS[:3], GREEDY, caching=False)
     written = ~runner.pool.data.isnan().all(-1).all(-1)  # [L, 2, P, S]
     assert written.sum().item() == sum(len(prompt) + 9 for prompt in PROMPTS[:3]) * 2 * 2
 

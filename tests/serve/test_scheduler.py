@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import StepResult, TokenLogprobs
-from penstock.serve.scheduler import FinishedEvent, RequestRefused, Scheduler, SchedulerConfig, TokenEvent
+from penstock.serve.scheduler import NO_DRAFTS, FinishedEvent, RequestRefused, Scheduler, SchedulerConfig, TokenEvent
 from tests.serve.simulated import SimulatedRunner
 
 
@@ -25,23 +25,35 @@ def build(**limits):
         "max_num_batched_tokens": 64,
         **limits,
     }
-    watermark = limits.pop("watermark", None)
-    return Scheduler(SchedulerConfig(**limits, watermark=watermark)), SimulatedRunner(**limits)
+    own = {name: limits.pop(name) for name in ("watermark", "enable_prefix_caching") if name in limits}
+    return Scheduler(SchedulerConfig(**limits, **own)), SimulatedRunner(**limits)
 
 
-def advance(scheduler, runner):
+def advance(scheduler, runner, drafts=NO_DRAFTS):
     """One step and its commit; the plan and the events."""
-    plan = scheduler.step()
+    plan = scheduler.step(drafts)
     events = scheduler.commit(runner.execute(plan))
     scheduler.check()
     return plan, events
 
 
-def run(scheduler, runner, limit=5000):
+def guess(scheduler, runner, kinds, num_tokens=5):
+    """Drafts for the next step, of these kinds in turn: r ight tokens, w rong ones, or none (-)."""
+    drafts = {}
+    for index, request in enumerate(scheduler.draftable(num_tokens)):
+        draft = []
+        for kind in kinds[index % len(kinds)][: request.limit]:
+            right = runner.next_token(request.seed, [*request.token_ids, *draft])
+            draft += [] if kind == "-" else [right if kind == "r" else (right + 1) % runner.vocab_size]
+        drafts[request.request_id] = draft
+    return drafts
+
+
+def run(scheduler, runner, limit=5000, kinds=("-",)):
     """All steps until nothing is left; the tokens and the end of each request."""
     tokens, ends = collections.defaultdict(list), {}
     for _ in range(limit):
-        plan = scheduler.step()
+        plan = scheduler.step(guess(scheduler, runner, kinds))
         if plan is None:
             return dict(tokens), ends
         for event in scheduler.commit(runner.execute(plan)):
@@ -67,9 +79,8 @@ def work(plan):
 
 def commit_token(scheduler, token, logprobs=None):
     """Commit the same token for every slot; the events."""
-    return scheduler.commit(
-        StepResult(dict.fromkeys(range(scheduler.config.max_num_seqs), token), {0: logprobs} if logprobs else {})
-    )
+    token_ids = {slot: [token] for slot in range(scheduler.config.max_num_seqs)}
+    return scheduler.commit(StepResult(token_ids, {0: [logprobs]} if logprobs else {}))
 
 
 # What a step holds
@@ -80,7 +91,7 @@ def test_decodes_come_first_and_prefills_share_what_is_left():
     scheduler.add("a", [1] * 3, params(), 0)
     assert work(advance(scheduler, runner)[0]) == ([], [(0, 0, 3, True)])
     scheduler.add("b", [1] * 10, params(), 0)
-    scheduler.add("c", [1] * 10, params(), 0)
+    scheduler.add("c", [2] * 10, params(), 0)
     assert work(advance(scheduler, runner)[0]) == ([(0, 3, 1, True)], [(1, 0, 7, False)])
     assert work(advance(scheduler, runner)[0]) == ([(0, 4, 1, True)], [(1, 7, 3, True), (2, 0, 4, False)])
     assert work(advance(scheduler, runner)[0]) == ([(0, 5, 1, True), (1, 10, 1, True)], [(2, 4, 6, True)])
@@ -173,12 +184,12 @@ def test_preempted_requests_come_back_in_first_come_order():
 def test_admission_leaves_the_watermark_to_those_running():
     scheduler, runner = build(num_pages=8, watermark=3)
     scheduler.add("a", [1] * 12, params(), 0)
-    scheduler.add("b", [1] * 12, params(), 0)
+    scheduler.add("b", [2] * 12, params(), 0)
     advance(scheduler, runner)  # 3 of 8 pages; b would leave 2
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 1)
     scheduler, runner = build(num_pages=8, watermark=2)
     scheduler.add("a", [1] * 12, params(), 0)
-    scheduler.add("b", [1] * 12, params(), 0)
+    scheduler.add("b", [2] * 12, params(), 0)
     advance(scheduler, runner)
     assert (scheduler.num_running, scheduler.num_waiting) == (2, 0)
 
@@ -196,9 +207,192 @@ def test_a_preempted_request_comes_back_only_when_all_of_it_fits():
 def test_an_older_prefill_takes_pages_from_a_younger_decode():
     scheduler, runner = build(num_pages=6, max_prefill_chunk=4, max_num_seqs=2, watermark=0)
     scheduler.add("long", [1] * 21, params(2), 0)
-    scheduler.add("short", [1] * 4, params(12), 0)
+    scheduler.add("short", [2] * 4, params(12), 0)
     tokens, _ = run(scheduler, runner)
     assert scheduler.num_preemptions == 1 and [len(tokens[name]) for name in ("long", "short")] == [2, 12]
+
+
+# Pages found again
+
+
+def hits(scheduler):
+    statistics = scheduler.statistics()
+    return statistics.prefix_hit_tokens, statistics.prompt_tokens
+
+
+def test_a_later_request_goes_on_after_the_pages_of_an_earlier_one():
+    scheduler, runner = build()
+    scheduler.add("a", range(10), params(4), 0)
+    run(scheduler, runner)
+    assert scheduler.statistics().num_cached_pages == 3 and scheduler.num_free_pages == 64  # 13 tokens were computed
+    scheduler.add("b", [*range(10), 7, 7], params(4), 0)
+    scheduler.add("c", [*range(4), 7, 7, 7], params(4), 0)
+    scheduler.add("d", [7, *range(1, 10)], params(4), 0)
+    plan, _ = advance(scheduler, runner)
+    assert work(plan)[1] == [(1, 8, 4, True), (2, 4, 3, True), (3, 0, 10, True)]
+    assert (plan.prefills[0].page_index, len(plan.prefills[0].new_pages)) == (0, 3)
+    assert hits(scheduler) == (12, 10 + 12 + 7 + 10)
+
+
+def test_the_answer_is_part_of_what_the_next_turn_finds():
+    scheduler, runner = build()
+    scheduler.add("turn 1", range(6), params(7), 5)
+    tokens, _ = run(scheduler, runner)
+    scheduler.add("turn 2", [*range(6), *tokens["turn 1"], 30, 31], params(2), 6)
+    plan, _ = advance(scheduler, runner)
+    assert plan.prefills[0].start == 12  # 6 + 7 tokens, the last of which was not computed
+
+
+@pytest.mark.parametrize("length", [8, 9])
+def test_the_last_token_of_a_prompt_is_always_computed(length):
+    scheduler, runner = build()
+    for name in "ab":
+        scheduler.add(name, range(length), params(1), 0)
+        run(scheduler, runner)
+    assert work(runner.plans[-1])[1] == [(1, 4 if length == 8 else 8, 4 if length == 8 else 1, True)]
+
+
+def test_completions_of_one_prompt_share_its_pages_in_the_step_that_computes_them():
+    scheduler, runner = build()
+    for seed in range(3):
+        scheduler.add(str(seed), range(11), params(2), seed)
+    plan, _ = advance(scheduler, runner)
+    assert work(plan)[1] == [(0, 0, 11, True), (1, 8, 3, True), (2, 8, 3, True)]
+    assert plan.prefills[0].new_pages[:2] == plan.prefills[1].new_pages[:2] == plan.prefills[2].new_pages[:2]
+    assert 64 - scheduler.num_free_pages == 2 + 3 and hits(scheduler) == (16, 33)
+
+
+def test_equal_prompts_in_chunks_are_computed_once_between_them():
+    scheduler, runner = build(max_prefill_chunk=4)
+    for seed in range(2):
+        scheduler.add(str(seed), range(17), params(1), seed)
+    run(scheduler, runner)
+    assert sum(plan.num_tokens for plan in runner.plans) == 17 + 1
+
+
+def test_a_preempted_request_finds_its_own_pages():
+    scheduler, runner = build(num_pages=8, max_num_seqs=2, watermark=0)
+    scheduler.add("old", [1] * 10, params(14), 7)
+    scheduler.add("young", [2] * 16, params(4), 8)
+    tokens, _ = run(scheduler, runner)
+    back = [plan for plan in runner.plans if plan.new][-1]
+    assert scheduler.num_preemptions == 1 and back.new[0].request_id == "young"
+    assert back.prefills[0].start > 0 and back.prefills[0].page_index == 0
+    assert [len(tokens[name]) for name in ("old", "young")] == [14, 4]
+    assert hits(scheduler) == (0, 26)  # what is found after a preemption is no hit of the prompt
+
+
+def test_requests_of_another_salt_share_nothing():
+    scheduler, runner = build()
+    for name, salt in (("a", b""), ("b", b"x"), ("c", b"x")):
+        scheduler.add(name, range(9), params(1), 0, salt=salt)
+    assert work(advance(scheduler, runner)[0])[1] == [(0, 0, 9, True), (1, 0, 9, True), (2, 8, 1, True)]
+
+
+def test_without_prefix_caching_nothing_is_found():
+    scheduler, runner = build(enable_prefix_caching=False)
+    for _ in range(2):
+        scheduler.add("a", range(9), params(3), 0)
+        assert work(advance(scheduler, runner)[0])[1][0][1:] == (0, 9, True)
+        run(scheduler, runner)
+    assert hits(scheduler) == (0, 18) and scheduler.statistics().num_cached_pages == 0
+
+
+def test_an_aborted_request_leaves_its_pages_to_be_found():
+    scheduler, runner = build(max_prefill_chunk=6)
+    scheduler.add("a", range(20), params(), 0)
+    advance(scheduler, runner)
+    scheduler.abort("a")
+    scheduler.add("b", range(20), params(), 0)
+    assert work(advance(scheduler, runner)[0])[1] == [(1, 4, 6, False)]
+
+
+def test_reset_forgets_the_pages():
+    scheduler, runner = build()
+    scheduler.add("a", range(9), params(), 0)
+    scheduler.step()  # published, never computed
+    scheduler.reset()
+    scheduler.add("b", range(9), params(), 0)
+    assert work(advance(scheduler, runner)[0])[1] == [(0, 0, 9, True)]
+
+
+def test_statistics():
+    scheduler, runner = build(max_num_seqs=1)
+    for name in "ab":
+        scheduler.add(name, range(6), params(3), 0)
+    advance(scheduler, runner)
+    got = scheduler.statistics()
+    assert (got.prompt_tokens, got.output_tokens, got.num_preemptions) == (6, 1, 0)
+    assert (got.num_running, got.num_waiting, got.num_pages, got.num_free_pages, got.num_cached_pages) == (1, 1, 64, 62, 0)
+
+
+# Guesses
+
+
+@pytest.mark.parametrize(("kinds", "steps"), [("rrrrr", 3), ("-", 13), ("wrrrr", 13), ("rwrrr", 7)])
+def test_right_guesses_save_steps_and_wrong_ones_change_nothing(kinds, steps):
+    plain = build()
+    plain[0].add("a", range(6), params(13), 5)
+    wanted = run(*plain)
+    scheduler, runner = build()
+    scheduler.add("a", range(6), params(13), 5)
+    assert run(scheduler, runner, kinds=[kinds]) == wanted
+    assert len(runner.plans) == steps
+    got = scheduler.statistics()
+    drafted = sum(part.num_draft for plan in runner.plans for part in plan.decodes)
+    assert (got.draft_tokens, got.accepted_tokens, got.output_tokens) == (drafted, 13 - steps, 13)
+
+
+def test_the_end_token_among_right_guesses_ends_the_request():
+    scheduler, runner = build()
+    tokens = [runner.next_token(5, [])]
+    scheduler.add("a", range(6), params(13), 5)
+    tokens = run(scheduler, runner)[0]["a"]
+    end = tokens[4]
+    scheduler, runner = build()
+    scheduler.add("a", range(6), params(13, stop_token_ids=[end]), 5)
+    advance(scheduler, runner)
+    plan, events = advance(scheduler, runner, {"a": tokens[1:7]})
+    assert plan.decodes[0].draft == tokens[1:7]
+    assert [event.token_id for event in events[:-1]] == tokens[1:5]
+    assert events[-1] == FinishedEvent("a", "stop", end) and scheduler.num_free_pages == 64
+
+
+def test_guesses_end_where_the_request_does():
+    scheduler, runner = build(max_model_len=12)
+    scheduler.add("a", range(6), params(4), 5)
+    scheduler.add("b", range(6), params(100), 5)
+    advance(scheduler, runner)
+    assert [(each.request_id, each.limit) for each in scheduler.draftable(9)] == [("a", 2), ("b", 4)]
+    plan, _ = advance(scheduler, runner, {"a": [1] * 9, "b": [1] * 9, "gone": [1]})
+    assert [part.num_draft for part in plan.decodes] == [2, 4]
+    assert [each.limit for each in scheduler.draftable(2)] == [1, 2]
+
+
+def test_guesses_take_nobodys_pages_and_leave_half_the_step_to_prompts():
+    scheduler, runner = build(num_pages=8, max_num_seqs=2, max_num_batched_tokens=10, watermark=0)
+    scheduler.add("a", [1] * 4, params(20), 5)
+    advance(scheduler, runner)
+    scheduler.add("b", [2] * 20, params(8), 6)
+    plan, _ = advance(scheduler, runner, {"a": [1] * 9})
+    assert work(plan) == ([(0, 4, 5, True)], [(1, 0, 5, False)])
+    while len(scheduler.draftable(9)) < 2:
+        advance(scheduler, runner)
+    while scheduler.num_free_pages > 2:
+        advance(scheduler, runner)
+    before = scheduler.num_preemptions
+    plan, _ = advance(scheduler, runner, {"a": [1] * 9, "b": [2] * 9})
+    assert scheduler.num_preemptions == before
+    assert sum(len(part.new_pages) for part in plan.decodes) <= 2 and sum(part.num_draft for part in plan.decodes) > 0
+
+
+def test_pages_are_published_with_right_guesses_only():
+    scheduler, runner = build()
+    scheduler.add("a", range(6), params(9), 5)
+    tokens, _ = run(scheduler, runner, kinds=["rrwww"])
+    scheduler.add("b", [*range(6), *tokens["a"]], params(1), 5)
+    plan, _ = advance(scheduler, runner)
+    assert plan.prefills[0].start == 12
 
 
 # Refusals
@@ -323,7 +517,7 @@ def test_abort_frees_everything_and_ends_once(moment):
     scheduler.check()
     assert (scheduler.num_free_pages, scheduler.num_running, scheduler.num_waiting) == (64, 0, 0)
     if moment.startswith("planned"):
-        assert scheduler.commit(StepResult({0: 3})) == [FinishedEvent("a", "abort", None)]
+        assert scheduler.commit(StepResult({0: [3]})) == [FinishedEvent("a", "abort", None)]
     else:
         assert scheduler.drain() == [FinishedEvent("a", "abort", None)]
     assert scheduler.step() is None
@@ -358,7 +552,7 @@ def test_step_and_commit_take_turns():
     with pytest.raises(RuntimeError, match="was not committed"):
         scheduler.step()
     with pytest.raises(ValueError, match=r"no token for slots \[0\]"):
-        scheduler.commit(StepResult({1: 5}))
+        scheduler.commit(StepResult({1: [5]}))
     assert len(scheduler.commit(runner.execute(plan))) == 1
 
 
@@ -385,6 +579,20 @@ def test_check_sees_a_lost_page():
         scheduler.check()
 
 
+def test_check_sees_a_page_of_two_that_will_be_written():
+    scheduler, runner = build(enable_prefix_caching=False)
+    for name in "ab":
+        scheduler.add(name, [1] * 5, params(), 0)
+    advance(scheduler, runner)
+    old, young = scheduler._running
+    scheduler._pages._holders[young.pages[1]] -= 1
+    scheduler._pages._free.append(young.pages[1])
+    scheduler._pages._holders[old.pages[1]] += 1
+    young.pages[1] = old.pages[1]
+    with pytest.raises(AssertionError, match="a page is shared and written"):
+        scheduler.check()
+
+
 def test_it_imports_no_torch():
     code = "import sys, penstock.serve.scheduler; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -392,7 +600,13 @@ def test_it_imports_no_torch():
 
 # Random calls
 
-requests = st.tuples(st.integers(1, 14), st.integers(1, 12), st.integers(0, 2**31))
+guesses = st.lists(st.text("rw", max_size=5), min_size=1, max_size=3)
+requests = st.tuples(st.integers(1, 14), st.integers(1, 12), st.integers(0, 2**31), st.integers(0, 14))
+
+
+def prompt(length, parts_at):
+    """Prompts of which any two agree up to where the first of them parts."""
+    return [*range(min(length, parts_at)), *range(20 + parts_at, 20 + length)]
 
 
 @settings(max_examples=150, deadline=None)
@@ -404,8 +618,11 @@ requests = st.tuples(st.integers(1, 14), st.integers(1, 12), st.integers(0, 2**3
     chunk=st.none() | st.integers(1, 9),
     watermark=st.none() | st.integers(0, 3),
     page_size=st.sampled_from([2, 4]),
+    kinds=guesses,
 )
-def test_the_tokens_do_not_depend_on_pool_chunks_or_slots(wanted, num_pages, slots, spare, chunk, watermark, page_size):
+def test_the_tokens_do_not_depend_on_pool_chunks_slots_or_guesses(
+    wanted, num_pages, slots, spare, chunk, watermark, page_size, kinds
+):
     tight = build(
         num_pages=num_pages,
         page_size=page_size,
@@ -414,12 +631,12 @@ def test_the_tokens_do_not_depend_on_pool_chunks_or_slots(wanted, num_pages, slo
         max_prefill_chunk=chunk,
         watermark=watermark,
     )
-    wide = build(num_pages=1000, max_num_seqs=8, max_num_batched_tokens=1000)
+    wide = build(num_pages=1000, max_num_seqs=8, max_num_batched_tokens=1000, enable_prefix_caching=False)
     got = []
     for scheduler, runner in (tight, wide):
-        for index, (num_prompt, max_tokens, seed) in enumerate(wanted):
-            scheduler.add(str(index), list(range(num_prompt)), params(max_tokens), seed, eos_token_ids=[3])
-        got.append(run(scheduler, runner))
+        for index, (num_prompt, max_tokens, seed, parts_at) in enumerate(wanted):
+            scheduler.add(str(index), prompt(num_prompt, parts_at), params(max_tokens), seed, eos_token_ids=[3])
+        got.append(run(scheduler, runner, kinds=kinds if scheduler is tight[0] else ["-"]))
         assert scheduler.num_free_pages == scheduler.config.num_pages
     assert wide[0].num_preemptions == 0
     assert got[0] == got[1] and len(got[0][1]) == len(wanted)
@@ -435,8 +652,9 @@ class AnyCalls(RuleBasedStateMachine):
         spare=st.integers(0, 8),
         chunk=st.none() | st.integers(1, 5),
         watermark=st.none() | st.integers(0, 2),
+        caching=st.booleans(),
     )
-    def start(self, num_pages, page_size, slots, spare, chunk, watermark):
+    def start(self, num_pages, page_size, slots, spare, chunk, watermark, caching):
         self.scheduler, self.runner = build(
             num_pages=num_pages,
             page_size=page_size,
@@ -445,29 +663,36 @@ class AnyCalls(RuleBasedStateMachine):
             max_num_batched_tokens=slots + spare,
             max_prefill_chunk=chunk,
             watermark=watermark,
+            enable_prefix_caching=caching,
         )
         self.capacity = num_pages * page_size + 1
         self.unfinished, self.count, self.result = [], 0, None
         self.max_tokens, self.num_tokens, self.terminal = {}, collections.Counter(), collections.Counter()
 
-    @rule(num_prompt=st.integers(1, 24), max_tokens=st.none() | st.integers(1, 10), stop=st.integers(0, 49))
-    def add(self, num_prompt, max_tokens, stop):
+    @rule(
+        num_prompt=st.integers(1, 24),
+        max_tokens=st.none() | st.integers(1, 10),
+        stop=st.integers(0, 49),
+        parts_at=st.integers(0, 24),
+        salt=st.sampled_from([b"", b"", b"x"]),
+    )
+    def add(self, num_prompt, max_tokens, stop, parts_at, salt):
         name = str(self.count)
         self.count += 1
         wanted = params(max_tokens, stop_token_ids=[stop])
         longest = min(24, num_prompt + (max_tokens or 1))
         if num_prompt >= 24 or longest > self.capacity:
             with pytest.raises(RequestRefused):
-                self.scheduler.add(name, list(range(num_prompt)), wanted, self.count)
+                self.scheduler.add(name, prompt(num_prompt, parts_at), wanted, self.count)
         else:
-            self.scheduler.add(name, list(range(num_prompt)), wanted, self.count)
+            self.scheduler.add(name, prompt(num_prompt, parts_at), wanted, self.count, salt=salt)
             self.unfinished.append(name)
             self.max_tokens[name] = max_tokens or 24
 
     @precondition(lambda self: self.result is None)
-    @rule()
-    def step(self):
-        plan = self.scheduler.step()
+    @rule(kinds=guesses)
+    def step(self, kinds):
+        plan = self.scheduler.step(guess(self.scheduler, self.runner, kinds))
         assert (plan is None) == (not self.unfinished), "work is left but no step, or the other way round"
         if plan is None:
             return
@@ -527,7 +752,7 @@ class AnyCalls(RuleBasedStateMachine):
         for _ in range(3000):
             if not self.unfinished:
                 break
-            self.step()
+            self.step(kinds=["rw"])
             self.commit()
         self.take(self.scheduler.drain())
         assert not self.unfinished and self.scheduler.step() is None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Batch:
-    """Decode rows first, then prefill rows: T tokens and B requests, of which num_decodes are decodes with one token each."""
+    """Decode rows first, then prefill rows: T tokens and B requests, of which num_decodes are decodes of q_len tokens each."""
 
     positions: Tensor  # [T] int32
     slots: Tensor  # [T] int32, where each token's key and value go; negative: nowhere
@@ -18,3 +18,4 @@ class Batch:
     max_seqlen_q: int = 1
     decode_plan: tuple[Tensor, ...] | None = None
     state_slots: Tensor | None = None  # [B] int32, of the requests' recurrent states; negative: nowhere
+    q_len: int = 1  # more than 1 only without prefill rows

@@ -78,7 +78,7 @@ class Decoder:
             hidden = layer(hidden, residual, batch)
         return hidden
 
-    def plan(self, seqlens_k: Tensor, page_size: int) -> tuple[Tensor, ...] | None:
+    def plan(self, seqlens_k: Tensor, page_size: int, q_len: int = 1) -> tuple[Tensor, ...] | None:
         """The schedule of attention_decode for these lengths [B], from the device; None on a CPU or without attention."""
         layer = next((layer.spec for layer in self.layers if layer.spec.mamba is None), None)
         if layer is None or not seqlens_k.is_cuda:
@@ -89,6 +89,7 @@ class Decoder:
             num_heads_kv=layer.num_kv_heads,
             head_dim=layer.head_dim,
             page_size=page_size,
+            q_len=q_len,
             device=seqlens_k.device,
         )
 
@@ -223,7 +224,8 @@ class DecoderLayer:
         k_cache, v_cache, options = self.k_cache, self.v_cache, self.attention_options
         cu_seqlens_q, decodes = batch.cu_seqlens_q, batch.num_decodes
         if cu_seqlens_q is None:
-            return attention_decode(q, k_cache, v_cache, batch.page_table, batch.seqlens_k, plan=batch.decode_plan, **options)
+            options = {"q_len": batch.q_len, "plan": batch.decode_plan, **options}
+            return attention_decode(q, k_cache, v_cache, batch.page_table, batch.seqlens_k, **options)
         pages, seqlens, longest = batch.page_table, batch.seqlens_k, batch.max_seqlen_q
         if decodes == 0:
             return attention_prefill_paged(q, k_cache, v_cache, pages, cu_seqlens_q, seqlens, max_seqlen_q=longest, **options)

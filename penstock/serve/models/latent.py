@@ -67,6 +67,7 @@ class LatentAttention:
             self.cache[:, :, 0],
             batch.page_table[:decodes],
             batch.seqlens_k[:decodes],
+            q_len=batch.q_len,
             scale=self.scale,
             plan=batch.decode_plan,
         )

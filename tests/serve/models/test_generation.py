@@ -13,8 +13,12 @@ LENGTHS = (19, 3, 30, 1, 11, 24, 7, 14)
 PROMPTS = [torch.randint(3, 199, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in LENGTHS]
 
 
-def generate(runner, prompts, *, budget=64, chunk=None, max_num_seqs=8):
-    """Greedy tokens of each prompt and the number of preemptions on the way."""
+def generate(runner, prompts, *, budget=64, chunk=None, max_num_seqs=8, draft=None):
+    """Greedy tokens of each prompt and the number of preemptions on the way.
+
+    Args:
+        draft: request → guesses of its next tokens.
+    """
     limits = SchedulerConfig(
         num_pages=runner.num_pages,
         page_size=runner.page_size,
@@ -27,7 +31,8 @@ def generate(runner, prompts, *, budget=64, chunk=None, max_num_seqs=8):
     params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
     for i, prompt in enumerate(prompts):
         scheduler.add(str(i), prompt, params, seed=i)
-    while (plan := scheduler.step()) is not None:
+    guess = scheduler.draftable if draft else lambda _: ()
+    while (plan := scheduler.step({each.request_id: draft(each) for each in guess(4)})) is not None:
         for event in scheduler.commit(runner.execute(plan)):
             if isinstance(event, TokenEvent):
                 tokens[int(event.request_id)].append(event.token_id)
@@ -70,6 +75,21 @@ def test_eight_ragged_requests_in_small_chunks(case, checkpoint, expected):
     tokens, _ = generate(load(checkpoint(case)), PROMPTS, budget=13, chunk=6)
     assert tokens == expected(case)
     assert len({tuple(output) for output in tokens}) == len(PROMPTS)  # not the same token for ever
+
+
+def test_guesses_change_nothing(case, checkpoint, expected):
+    runner, wrong = load(checkpoint(case), max_num_seqs=4), iter(range(10**6))
+
+    def right(request):
+        done = len(request.token_ids) - request.num_prompt
+        return expected(case)[int(request.request_id)][done : done + request.limit]
+
+    def mixed(request):
+        tokens = right(request)[: next(wrong) % 5]
+        return [*tokens[:2], *(abs(token - 1) for token in tokens[2:])]
+
+    assert generate(runner, PROMPTS[:4], draft=right, max_num_seqs=4)[0] == expected(case)[:4]
+    assert generate(runner, PROMPTS, draft=mixed, max_num_seqs=4)[0] == expected(case)
 
 
 def test_preemption_changes_nothing(case, checkpoint, expected):
