@@ -1,7 +1,7 @@
 """Public Triton kernels of recurrent mixers as peers: those of mamba-ssm and of flash-linear-attention (fla-core).
 
-Batches of equal lengths are given to them as the dense batches that they are fastest on. Both tune themselves in their first calls,
-some of them on the state they change; what is prepared here is tuned on copies. Nothing is imported before a peer is prepared.
+Batches of equal lengths are given to them as the dense batches that they are fastest on. Both tune themselves in their first
+calls, some on the state that they change; those are tuned on copies. Nothing is imported before a peer is prepared.
 """
 
 import importlib
@@ -28,7 +28,9 @@ def _length(arguments: Arguments) -> int | str:
     """The length that all requests share."""
     lengths = arguments["cu_seqlens"].diff().unique().tolist()
     covered = int(arguments["cu_seqlens"][-1]) == len(arguments["x"])
-    return lengths[0] if len(lengths) == 1 and covered else "takes one dense batch; a call for each request would be a straw man"
+    return (
+        lengths[0] if len(lengths) == 1 and covered else "takes one dense batch; a call for each request would be a straw man"
+    )
 
 
 def _chunk_scan(arguments: Arguments) -> Call | str:
@@ -40,7 +42,9 @@ def _chunk_scan(arguments: Arguments) -> Call | str:
     scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     given = {name: arguments.get(name) for name in ("D", "dt_bias", "initial_states")}
     dense = {
-        name: arguments[name].unflatten(0, (-1, length)) for name in ("x", "dt", "B", "C", "z") if arguments.get(name) is not None
+        name: arguments[name].unflatten(0, (-1, length))
+        for name in ("x", "dt", "B", "C", "z")
+        if arguments.get(name) is not None
     }
     softplus = arguments.get("dt_softplus")
     given["dt_softplus"] = given["dt_bias"] is not None if softplus is None else softplus

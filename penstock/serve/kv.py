@@ -24,18 +24,19 @@ class PoolSize:
 class KVPool:
     """Pages of keys and values for every layer, in one allocation.
 
-    layers[i] is (k_cache, v_cache), each [P, S, Hkv, D]; with latent attention both are one cache of latent rows. Pages hold
-    anything until they are written.
+    layers[i], of the i-th layer with attention, is (k_cache, v_cache), each [P, S, Hkv, D]; with latent attention both are one
+    cache of latent rows. Pages hold anything until they are written.
     """
 
     def __init__(self, spec: ModelSpec, num_pages: int, page_size: int, *, dtype: torch.dtype, device: str | torch.device):
-        heads = {(layer.num_kv_heads, layer.head_dim) for layer in spec.layers}
-        if len(heads) != 1:
+        heads = {(layer.num_kv_heads, layer.head_dim) for layer in spec.attention_layers}
+        if len(heads) > 1:
             raise ModelError(f"the layers must agree in KV heads and head_dim, got {sorted(heads)}")
-        parts = {_parts(layer) for layer in spec.layers}
-        if len(parts) != 1:
+        parts = {_parts(layer) for layer in spec.attention_layers}
+        if len(parts) > 1:
             raise ModelError("either all layers have latent attention, or none")
-        shape = (len(spec.layers), parts.pop(), num_pages, page_size, *heads.pop())
+        row = (parts.pop(), num_pages, page_size, *heads.pop()) if heads else (1, num_pages, page_size, 0, 0)
+        shape = (len(spec.attention_layers), *row)
         self.num_pages = num_pages
         self.page_size = page_size
         self.data = torch.empty(shape, dtype=dtype, device=device)
@@ -49,7 +50,9 @@ def _parts(layer: LayerSpec) -> int:
 
 def page_bytes(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
     """Bytes of one page in all layers, keys and values."""
-    return sum(_parts(layer) * page_size * layer.num_kv_heads * layer.head_dim for layer in spec.layers) * dtype.itemsize
+    return (
+        sum(_parts(layer) * page_size * layer.num_kv_heads * layer.head_dim for layer in spec.attention_layers) * dtype.itemsize
+    )
 
 
 def size_pool(
@@ -70,8 +73,10 @@ def size_pool(
     Raises: ModelError with the bytes needed and available when the pool cannot hold one request.
     """
     each = page_bytes(spec, page_size, dtype)
-    pages = available // each
     longest = max_model_len or spec.max_position_embeddings
+    if each == 0:  # no layer has keys: pages cost nothing, there are enough for every slot
+        return PoolSize(max_num_seqs * -(-longest // page_size), longest)
+    pages = available // each
     needed = longest if max_model_len else min(longest, SMALLEST_USEFUL_LENGTH)
     if pages < -(-needed // page_size):
         why = "max_model_len" if max_model_len else "the smallest useful length"
@@ -98,8 +103,18 @@ def available_memory(
 
 def activation_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int, rows: int) -> int:
     """An upper estimate of what one step allocates: the widest layer's intermediates, then logits and their copies."""
-    widest = max((layer.num_heads * 2 + layer.num_kv_heads * 2) * layer.head_dim + 3 * layer.mlp_size for layer in spec.layers)
+    widest = max(_columns(layer) for layer in spec.layers)
     return tokens * (widest + 6 * spec.hidden_size) * dtype.itemsize + rows * spec.vocab_size * (4 * 4 + dtype.itemsize)
+
+
+def _columns(layer: LayerSpec) -> int:
+    """Values that a layer's intermediates hold for each token."""
+    mamba = layer.mamba
+    if mamba is None:
+        mixed = (layer.num_heads * 2 + layer.num_kv_heads * 2) * layer.head_dim
+    else:
+        mixed = mamba.projected + mamba.conv_channels + mamba.inner_size
+    return mixed + 3 * layer.mlp_size
 
 
 def host_memory() -> int:

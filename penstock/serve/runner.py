@@ -20,6 +20,7 @@ from penstock.serve.models.spec import ModelError, ModelSpec, read_spec
 from penstock.serve.models.weights import Progress, load_weights
 from penstock.serve.plan import StepPlan, StepResult, Work
 from penstock.serve.sampler import Sampler
+from penstock.serve.states import StatePool, slot_bytes
 
 
 class Runner:
@@ -29,6 +30,7 @@ class Runner:
         num_pages, page_size: the pool that the scheduler hands out.
         max_model_len: the longest prompt and output together.
         vocab_size, eos_token_ids: of the model.
+        states: the recurrent states of the slots, None for a model of attention alone.
     """
 
     @classmethod
@@ -63,7 +65,7 @@ class Runner:
             spec,
             page_size=page_size,
             dtype=dtype,
-            available=available,
+            available=available - config.max_num_seqs * slot_bytes(spec, dtype),
             max_model_len=config.max_model_len,
             fill=given is not None or device.type == "cuda",
             **limits,
@@ -75,7 +77,9 @@ class Runner:
         self.num_pages = size.num_pages
         self.max_model_len = size.max_model_len
         self.pool = KVPool(spec, size.num_pages, page_size, dtype=dtype, device=device)
-        self.decoder = Decoder(spec, weights, self.pool.layers, max_model_len=size.max_model_len)
+        self.states = StatePool(spec.mambas, config.max_num_seqs, dtype=dtype, device=device) if spec.mambas else None
+        states = self.states.layers if self.states is not None else ()
+        self.decoder = Decoder(spec, weights, self.pool.layers, max_model_len=size.max_model_len, states=states)
         self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, spec.eos_token_ids, device)
         self.max_pages = -(-size.max_model_len // page_size)
         self._page_bits = page_size.bit_length() - 1
@@ -107,6 +111,8 @@ class Runner:
         sampled = [*plan.decodes, *(work for work in plan.prefills if work.sample)]
         if not plan.decodes and not plan.prefills:
             return StepResult({}, {})
+        if self.states is not None:
+            self.states.enter(plan)
         if plan.prefills:
             self._write_pages(updates)
             hidden = self._forward(plan)
@@ -167,7 +173,7 @@ class Runner:
             self._gathered_pages = self._pages[:, :width].index_select(0, rows)
             self._gathered_slots = slots
         plan = self.decoder.plan(seqlens, self.page_size)
-        batch = Batch(positions, kv_slots, self._gathered_pages, seqlens, len(decodes), decode_plan=plan)
+        batch = Batch(positions, kv_slots, self._gathered_pages, seqlens, len(decodes), decode_plan=plan, state_slots=rows)
         return self.decoder.logits(self.decoder.forward(token_ids, batch))
 
     def _width(self, longest: int) -> int:
@@ -216,6 +222,7 @@ class Runner:
             cu_seqlens_q=packed[ends[1] : ends[2]],
             max_seqlen_q=longest_q,
             decode_plan=self.decoder.plan(seqlens[:num_decodes], self.page_size) if decodes else None,
+            state_slots=rows,
         )
         hidden = self.decoder.forward(token_ids, batch)
         return hidden.index_select(0, packed[ends[2] : ends[2] + num_sampled])
@@ -240,6 +247,8 @@ class Runner:
             seqlens_k=seqlens,
             num_decodes=columns.shape[1],
             decode_plan=self.decoder.plan(seqlens, self.page_size),
+            # the row of padding has no state
+            state_slots=None if self.states is None else rows.masked_fill(rows == self._pages.shape[0] - 1, -1),
         )
         return self.decoder.logits(self.decoder.forward(token_ids, batch))
 

@@ -15,8 +15,10 @@ def offsets(make: Make, lengths: Sequence[int]) -> Tensor:
     return make.tensor([0, *accumulate(lengths)])
 
 
-def heads(make: Make, tokens: int, H: int, P: int, G: int, N: int, dtype: torch.dtype, *, packed: bool = False) -> dict[str, Any]:
-    """x, dt, A, B, C, D and dt_bias of Mamba-2; `packed` makes x, B and C slices of one tensor, as a convolution leaves them."""
+def heads(
+    make: Make, tokens: int, H: int, P: int, G: int, N: int, dtype: torch.dtype, *, packed: bool = False
+) -> dict[str, Any]:
+    """x, dt, A, B, C, D and dt_bias of Mamba-2; `packed`: x, B and C are slices of one tensor."""
     if packed:
         both = make.randn(tokens, H * P + 2 * G * N, dtype=dtype)
         x, B, C = both.split((H * P, G * N, G * N), 1)

@@ -1,6 +1,7 @@
 """Mamba-2's scan as matrix products over chunks: the CPU path, and the naive computation that sets the error budget.
 
-Within a chunk y = (C · Bᵀ ∘ L) · x with L[t, s] = exp(a[s+1] + … + a[t]) · step[s]; between chunks a state of [P, N] is carried.
+Within a chunk y = (C · Bᵀ ∘ L) · x with L[t, s] = exp(a[s+1] + … + a[t]) · step[s]; a state of [P, N] is carried from one to
+the next.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Requests cut into segments of at most `length` tokens, one program each, with no host read of cu_seqlens.
 
-Request b has the places from cu_seqlens[b] // length + b on: enough for its segments wherever it starts, so that T // length + B
-places serve any lengths. Places that are left over are idle.
+Request b has the places from cu_seqlens[b] // length + b on: enough for its segments wherever it starts, so that
+T // length + B places serve any lengths. Places that are left over are idle.
 """
 
 import triton
@@ -24,7 +24,7 @@ def find_request(cu_ptr, num_requests, place, length, EXTRA: tl.constexpr):
 
 @triton.jit
 def locate(cu_ptr, num_requests, place, length):
-    """(request, number of the segment in it, first token, end, end of the request); idle places have segment > 0 and no token."""
+    """(request, number of the segment in it, first token, end, end of the request); an idle place has segment > 0, no token."""
     request = find_request(cu_ptr, num_requests, place, length, 1)
     begin = tl.load(cu_ptr + request)
     stop = tl.load(cu_ptr + request + 1)

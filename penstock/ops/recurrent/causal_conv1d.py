@@ -225,7 +225,11 @@ def cases() -> Iterable[Case]:
     yield case("one_tap", [3, 2], 16, 1, dtype=torch.float16)
     yield case("empty", [], 16)
     yield case("empty_requests", [0, 0], 16, state_dtype=bf16)
-    for name, C, wide in (("mamba2_2.7b", 5376, 5376 + 5200), ("bamba_9b", 8448, 8448 + 8320), ("falcon_h1_7b", 3584, 3584 + 3096)):
+    for name, C, wide in (
+        ("mamba2_2.7b", 5376, 5376 + 5200),
+        ("bamba_9b", 8448, 8448 + 8320),
+        ("falcon_h1_7b", 3584, 3584 + 3096),
+    ):
         for batch, lengths in (("1x8k", [8192]), ("8x1k", [1024] * 8), ("64x128", [128] * 64)):
             if name == "mamba2_2.7b" or batch == "8x1k":
                 yield case(f"{name}_{batch}", lengths, C, state_dtype=bf16, gap=wide - C, bench=True)

@@ -3,12 +3,14 @@
 The program of a request's first tile also writes its state: it alone reads the old one.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.core.tuning import tuned
 from penstock.ops.recurrent._segments_triton import locate, silu
 
 # Programs that clear the rows after the last request.
@@ -19,14 +21,77 @@ CLEARING = 4
 class Launch:
     """Tokens and channels of a tile."""
 
-    tokens: int = 32
-    channels: int = 128
-    num_warps: int = 4
+    tokens: int
+    channels: int
+    num_warps: int
 
 
-def configure(total: int, requests: int) -> Launch:
-    """Short tiles where requests are short: a tile never spans two."""
-    return Launch() if total >= 24 * requests else Launch(tokens=8)
+def candidates(short: bool) -> Iterator[Launch]:
+    """Wide tiles read whole rows, long tiles read fewer tokens twice."""
+    shapes = [(32, 128, 4), (16, 256, 4), (64, 64, 4), (64, 128, 8), (16, 128, 2), (16, 512, 4)]
+    for tokens, channels, num_warps in [(8, 128, 4), (4, 256, 4)] if short else shapes:
+        yield Launch(tokens, channels, num_warps)
+
+
+@tuned(candidates)
+def configure(short: bool) -> Launch:
+    """The default; `short`: requests of fewer than 24 tokens on the average, and a tile never spans two."""
+    return Launch(8, 128, 4) if short else Launch(32, 128, 4)
+
+
+@triton.jit
+def _tap(x_base, weight_ptr, row, k, columns, inside, live, x_row, weight_row, weight_tap):
+    """weight[:, k] · x of rows given relative to x_base, zeros where not `live`."""
+    tap = tl.load(weight_ptr + columns * weight_row + k * weight_tap, inside, other=0.0).to(tl.float32)
+    x = tl.load(x_base + row[:, None] * x_row + columns[None, :], live[:, None] & inside[None, :], other=0.0)
+    return tap[None, :], x.to(tl.float32)
+
+
+@triton.jit
+def _first_rows_and_state(
+    out_base,
+    x_base,
+    weight_ptr,
+    state_base,
+    shift,
+    length,
+    columns,
+    inside,
+    out_row,
+    x_row,
+    weight_row,
+    weight_tap,
+    state_channel,
+    state_step,
+    SILU: tl.constexpr,
+    TAPS: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """The rows of a request that see its old state, and the new state."""
+    edge = tl.arange(0, EDGE)
+    state_at = state_base + columns[None, :] * state_channel
+    early = tl.zeros((EDGE, columns.shape[0]), tl.float32) + shift[None, :]
+    for k in tl.static_range(TAPS):
+        from_x = edge - (TAPS - 1) + k
+        live = (from_x >= 0) & (edge < length)
+        tap, x = _tap(x_base, weight_ptr, from_x, k, columns, inside, live, x_row, weight_row, weight_tap)
+        older = ((edge + k < TAPS - 1) & (edge < length))[:, None] & inside[None, :]
+        x += tl.load(state_at + (edge + k)[:, None] * state_step, older, other=0.0).to(tl.float32)
+        early += tap * x
+    if SILU:
+        early = silu(early)
+    written = ((edge < TAPS - 1) & (edge < length))[:, None] & inside[None, :]
+    tl.store(out_base + edge[:, None] * out_row + columns[None, :], early.to(out_base.dtype.element_ty), written)
+    # The new state: the last inputs, and from a request shorter than the taps some of the old state.
+    source = length - (TAPS - 1) + edge
+    kept = (edge < TAPS - 1)[:, None] & inside[None, :]
+    new_at = x_base + source.to(tl.int64)[:, None] * x_row + columns[None, :]
+    new = tl.load(new_at, kept & (source >= 0)[:, None], other=0.0).to(tl.float32)
+    old_at = state_at + (source + TAPS - 1)[:, None] * state_step
+    new += tl.load(old_at, kept & (source < 0)[:, None], other=0.0).to(tl.float32)
+    # Other threads of this program still read what this one overwrites.
+    tl.debug_barrier()
+    tl.store(state_at + edge[:, None] * state_step, new.to(state_base.dtype.element_ty), kept)
 
 
 @triton.jit(do_not_specialize=["total", "num_requests", "num_places"])
@@ -54,7 +119,7 @@ def _conv_kernel(
     HAS_INDEX: tl.constexpr,
     SILU: tl.constexpr,
     TAPS: tl.constexpr,
-    TAPS_PADDED: tl.constexpr,
+    EDGE: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     CLEAR: tl.constexpr,
@@ -62,14 +127,15 @@ def _conv_kernel(
     columns = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = columns < channels
     place = tl.program_id(1)
-    steps = tl.arange(0, TOKENS)
-    zeros = tl.zeros((TOKENS, CHANNELS), tl.float32)
+    order = tl.arange(0, TOKENS)
+    dtype = out_ptr.dtype.element_ty
+    nothing = tl.zeros((TOKENS, CHANNELS), tl.float32)
+    out_at = order[:, None] * out_row + columns[None, :]
     if place >= num_places:
         owned = tl.load(cu_ptr + num_requests)
         for base in range(owned + (place - num_places) * TOKENS, total, CLEAR * TOKENS):
-            rows = base + steps
-            at = rows.to(tl.int64)[:, None] * out_row + columns[None, :]
-            tl.store(out_ptr + at, zeros.to(out_ptr.dtype.element_ty), (rows < total)[:, None] & inside[None, :])
+            mask = (order < total - base)[:, None] & inside[None, :]
+            tl.store(out_ptr + (base + tl.zeros((), tl.int64)) * out_row + out_at, nothing.to(dtype), mask)
         return
     request, segment, first, end, stop = locate(cu_ptr, num_requests, place, TOKENS)
     if segment > 0 and first >= stop:
@@ -78,47 +144,48 @@ def _conv_kernel(
     if HAS_INDEX:
         slot = tl.load(index_ptr + request)
     begin = tl.load(cu_ptr + request)
-    rows = first + steps
-    mask = (rows < end)[:, None] & inside[None, :]
-    out_at = out_ptr + rows.to(tl.int64)[:, None] * out_row + columns[None, :]
+    out_base = out_ptr + first.to(tl.int64) * out_row
+    mask = (order < end - first)[:, None] & inside[None, :]
     if slot < 0:
-        tl.store(out_at, zeros.to(out_ptr.dtype.element_ty), mask)
+        tl.store(out_base + out_at, nothing.to(dtype), mask)
         return
-    state_rows = state_ptr + slot.to(tl.int64) * state_slot + columns * state_channel
-    value = zeros
+    x_base = x_ptr + first.to(tl.int64) * x_row
+    shift = tl.zeros((CHANNELS,), tl.float32)
     if HAS_BIAS:
-        value += tl.load(bias_ptr + columns, inside, other=0.0).to(tl.float32)[None, :]
+        shift = tl.load(bias_ptr + columns, inside, other=0.0).to(tl.float32)
+    value = nothing + shift[None, :]
     for k in tl.static_range(TAPS):
-        tap = tl.load(weight_ptr + columns * weight_row + k * weight_tap, inside, other=0.0).to(tl.float32)
-        source = rows - (TAPS - 1) + k
-        x = tl.load(
-            x_ptr + source.to(tl.int64)[:, None] * x_row + columns[None, :], mask & (source >= begin)[:, None], other=0.0
-        ).to(tl.float32)
-        if HAS_STATE and k < TAPS - 1:
-            if segment == 0:
-                step = source - begin + (TAPS - 1)
-                early = mask & (source < begin)[:, None]
-                x += tl.load(state_rows[None, :] + step[:, None] * state_step, early, other=0.0).to(tl.float32)
-        value += tap[None, :] * x
+        row = order - (TAPS - 1) + k
+        live = (row >= begin - first) & (order < end - first)
+        tap, x = _tap(x_base, weight_ptr, row, k, columns, inside, live, x_row, weight_row, weight_tap)
+        value += tap * x
     if SILU:
         value = silu(value)
-    tl.store(out_at, value.to(out_ptr.dtype.element_ty), mask)
     if HAS_STATE and TAPS > 1:
+        # The first rows of a request also see its state; they are computed below.
+        mask = mask & (first + order >= begin + TAPS - 1)[:, None]
+    tl.store(out_base + out_at, value.to(dtype), mask)
+    if HAS_STATE and TAPS > 1:  # noqa: SIM102
         if segment == 0:
-            keep = tl.arange(0, TAPS_PADDED)
-            origin = stop - (TAPS - 1) + keep
-            live = (keep < TAPS - 1)[:, None] & inside[None, :]
-            kept = tl.load(
-                x_ptr + origin.to(tl.int64)[:, None] * x_row + columns[None, :], live & (origin >= begin)[:, None], other=0.0
-            ).to(tl.float32)
-            # A request shorter than the taps keeps some of its old state.
-            older = origin - begin + (TAPS - 1)
-            kept += tl.load(
-                state_rows[None, :] + older[:, None] * state_step, live & (origin < begin)[:, None], other=0.0
-            ).to(tl.float32)
-            # Other threads of this program still read what this one overwrites.
-            tl.debug_barrier()
-            tl.store(state_rows[None, :] + keep[:, None] * state_step, kept.to(state_ptr.dtype.element_ty), live)
+            _first_rows_and_state(
+                out_base,
+                x_base,
+                weight_ptr,
+                state_ptr + slot.to(tl.int64) * state_slot,
+                shift,
+                stop - begin,
+                columns,
+                inside,
+                out_row,
+                x_row,
+                weight_row,
+                weight_tap,
+                state_channel,
+                state_step,
+                SILU,
+                TAPS,
+                EDGE,
+            )
 
 
 def launch(
@@ -136,7 +203,7 @@ def launch(
     requests, taps = len(cu_seqlens) - 1, weight.shape[1]
     if channels == 0 or (total == 0 and (state is None or requests == 0)):
         return
-    config = configure(total, requests)
+    config = configure.on(x.device, total < 24 * requests)
     places = total // config.tokens + requests if requests else 0
     _conv_kernel[(triton.cdiv(channels, config.channels), places + CLEARING)](
         out,
@@ -159,7 +226,7 @@ def launch(
         HAS_INDEX=state_indices is not None,
         SILU=activation == "silu",
         TAPS=taps,
-        TAPS_PADDED=triton.next_power_of_2(max(taps - 1, 1)),
+        EDGE=triton.next_power_of_2(max(taps - 1, 1)),
         TOKENS=config.tokens,
         CHANNELS=config.channels,
         CLEAR=CLEARING,

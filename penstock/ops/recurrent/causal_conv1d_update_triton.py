@@ -62,7 +62,9 @@ def _update_kernel(
     # Every thread has read what it and its neighbours overwrite.
     tl.debug_barrier()
     tl.store(out_at, value.to(out_ptr.dtype.element_ty), inside)
-    tl.store(state_at - state_step, window.to(state_ptr.dtype.element_ty), inside[:, None] & ((step > 0) & (step < TAPS))[None, :])
+    tl.store(
+        state_at - state_step, window.to(state_ptr.dtype.element_ty), inside[:, None] & ((step > 0) & (step < TAPS))[None, :]
+    )
 
 
 def launch(

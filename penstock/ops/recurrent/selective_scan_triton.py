@@ -1,8 +1,8 @@
 """A program of one warp walks one segment of a request token by token for some channels, their states in registers.
 
-As in ssd_prefill a first kernel gives what each segment but a request's last would leave of zeros, and the steps it sums up. The
-exponentials are the limit (one for each state and token, and a second one in requests that are cut), so a few warps on each
-quarter of a multiprocessor suffice; the inputs of the next token are loaded while one is computed.
+As in ssd_prefill a first kernel gives what each segment but a request's last would leave of zeros, and the steps it sums up.
+The exponentials are the limit (one for each state and token, and a second one in requests that are cut), so a few warps on
+each quarter of a multiprocessor suffice; the inputs of the next token are loaded while one is computed.
 """
 
 from dataclasses import dataclass
@@ -118,7 +118,7 @@ def _scan_kernel(
         if HAS_INITIAL:
             h = tl.load(initial_ptr + own + cell, live, other=0.0).to(tl.float32)
         work = (tl.load(cu_ptr + request) // segment_tokens).to(tl.int64) * channels
-        for earlier in range(0, segment):
+        for earlier in range(segment):
             slot = work + earlier * channels
             past = tl.load(steps_ptr + slot + columns, inside, other=0.0)
             h = h * tl.exp2(past[:, None] * a) + tl.load(work_ptr + slot * N + cell, live, other=0.0)

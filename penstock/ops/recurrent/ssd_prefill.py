@@ -78,9 +78,7 @@ def ssd_prefill(
     y, states = (None, None) if out is None else out
     softplus = dt_bias is not None if dt_softplus is None else dt_softplus
     low, high = dt_limit
-    launch = ssd_prefill.pick(
-        impl, x, dt, A, B, C, cu_seqlens, D, z, dt_bias, initial_states, y, states, softplus, low, high
-    )
+    launch = ssd_prefill.pick(impl, x, dt, A, B, C, cu_seqlens, D, z, dt_bias, initial_states, y, states, softplus, low, high)
     if y is None:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if states is None:

@@ -30,8 +30,8 @@ SPEC = {
 
 
 @op(
-    "(Tensor(a!) out, Tensor(b!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
-    "Tensor? state_indices, bool dt_softplus, float dt_min, float dt_max) -> ()",
+    "(Tensor(a!) out, Tensor(b!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? dt_bias, Tensor? state_indices, bool dt_softplus, float dt_min, float dt_max) -> ()",
     SPEC,
 )
 def ssm_state_update(

@@ -18,12 +18,17 @@ class Launch:
     num_warps: int
 
 
-def configure(P: int, N: int, heads: int, sms: int) -> Launch:
-    """Up to 64 values a thread; fewer where that leaves multiprocessors without work."""
-    rows = max(1, min(triton.next_power_of_2(P), 8192 // triton.next_power_of_2(N)))
-    while rows > 4 and heads * triton.cdiv(P, rows) < 4 * sms:
+def configure(P: int, N: int, itemsize: int, heads: int, sms: int) -> Launch:
+    """Values of the state in a program: 1,024 of float32, 4,096 of two bytes; fewer where multiprocessors would have no work.
+
+    On an H200 at H 80, P 64, N 128 and 256 requests 8 rows reach 95 % of the copy bandwidth, 64 rows 93 %; in bfloat16 8 rows
+    are 2 % slower than 32.
+    """
+    width = triton.next_power_of_2(N)
+    rows = max(1, min(triton.next_power_of_2(P), (1024 if itemsize == 4 else 4096) // width))
+    while rows > 8 and heads * triton.cdiv(P, rows) < 4 * sms:
         rows //= 2
-    return Launch(rows, 4 if rows * triton.next_power_of_2(N) >= 1024 else 2)
+    return Launch(rows, 4 if rows * width >= 2048 else 2)
 
 
 @triton.jit
@@ -123,7 +128,7 @@ def launch(
     G, N = B.shape[1:]
     if x.numel() == 0:
         return
-    config = configure(P, N, batch * H, num_sms(x.device))
+    config = configure(P, N, state.element_size(), batch * H, num_sms(x.device))
     _state_update_kernel[(triton.cdiv(P, config.rows), H, batch)](
         out,
         state,

@@ -17,3 +17,4 @@ class Batch:
     cu_seqlens_q: Tensor | None = None  # [B - num_decodes + 1] int32, of the prefill rows; None without any
     max_seqlen_q: int = 1
     decode_plan: tuple[Tensor, ...] | None = None
+    state_slots: Tensor | None = None  # [B] int32, of the requests' recurrent states; negative: nowhere

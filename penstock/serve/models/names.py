@@ -2,11 +2,12 @@
 
 from torch import Tensor
 
-from penstock.serve.models.parameters import ExpertWeights, LatentWeights, LayerWeights, Weights
+from penstock.serve.models.parameters import ExpertWeights, LatentWeights, LayerWeights, MambaWeights, Weights
 from penstock.serve.models.spec import LayerSpec, ModelSpec
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
+PACKED = "mlp.gate_up_proj"  # of an architecture that renames it: gate and up are one tensor in the checkpoint too
 
 Names = dict[str, Tensor | None]
 
@@ -16,18 +17,28 @@ def checkpoint_names(spec: ModelSpec, weights: Weights) -> dict[str, Tensor]:
     names = {EMBEDDING: weights.embedding, "model.norm.weight": weights.norm}
     if weights.lm_head is not weights.embedding:
         names[LM_HEAD] = weights.lm_head
+    packed = any(old == PACKED for old, _ in spec.renamed)
     for index, (layer, own) in enumerate(zip(spec.layers, weights.layers, strict=True)):
-        by_suffix = _layer_names(layer, own)
+        by_suffix = _layer_names(layer, own, packed)
         if own.latent is not None:
             by_suffix |= _latent_names(own.latent)
+        if own.mamba is not None:
+            by_suffix |= _mamba_names(own.mamba, own)
         if own.experts is not None:
             mixtral = spec.architecture == "MixtralForCausalLM"
             by_suffix |= _mixtral_names(own.experts) if mixtral else _expert_names(own.experts)
         names |= {f"model.layers.{index}.{suffix}": to for suffix, to in by_suffix.items() if to is not None}
-    return names
+    return {published(name, spec): to for name, to in names.items()}
 
 
-def _layer_names(layer: LayerSpec, own: LayerWeights) -> Names:
+def published(name: str, spec: ModelSpec) -> str:
+    """What the architecture calls a tensor that has this name in Llama."""
+    for old, new in spec.renamed:
+        name = name.replace(old, new)
+    return name
+
+
+def _layer_names(layer: LayerSpec, own: LayerWeights, packed: bool) -> Names:
     q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
     pre_mlp = "pre_feedforward_layernorm" if layer.post_norms else "post_attention_layernorm"
     names: Names = {
@@ -46,9 +57,28 @@ def _layer_names(layer: LayerSpec, own: LayerWeights) -> Names:
         if qkv is not None:
             parts = qkv.split((q, kv, kv))
             names |= {f"self_attn.{part}_proj.{kind}": parts[i] for i, part in enumerate("qkv")}
-        if gate_up is not None:
+        if gate_up is not None and packed:
+            names[f"{PACKED}.{kind}"] = gate_up
+        elif gate_up is not None:
             names[f"mlp.gate_proj.{kind}"], names[f"mlp.up_proj.{kind}"] = gate_up.chunk(2)
     return names
+
+
+def _mamba_names(own: MambaWeights, layer: LayerWeights) -> Names:
+    return {
+        "self_attn.o_proj.weight": None,
+        "self_attn.o_proj.bias": None,
+        "mamba.in_proj.weight": own.in_proj,
+        "mamba.in_proj.bias": own.in_bias,
+        "mamba.conv1d.weight": own.conv[:, None],
+        "mamba.conv1d.bias": own.conv_bias,
+        "mamba.A_log": own.A_log,
+        "mamba.D": own.D,
+        "mamba.dt_bias": own.dt_bias,
+        "mamba.norm.weight": own.norm,
+        "mamba.out_proj.weight": layer.o,
+        "mamba.out_proj.bias": layer.o_bias,
+    }
 
 
 def _latent_names(own: LatentWeights) -> Names:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.serve.models.spec import ExpertsSpec, LatentSpec, LayerSpec, ModelSpec
+from penstock.serve.models.spec import ExpertsSpec, LatentSpec, LayerSpec, MambaSpec, ModelSpec
 
 
 @dataclass(slots=True)
@@ -39,6 +39,20 @@ class LatentWeights:
 
 
 @dataclass(slots=True)
+class MambaWeights:
+    """A Mamba-2 mixer's parameters: in_proj [gate, x, B, C, dt; H], conv [channels, W], three numbers a head, norm [inner]."""
+
+    in_proj: Tensor
+    in_bias: Tensor | None
+    conv: Tensor
+    conv_bias: Tensor | None
+    A_log: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    norm: Tensor
+
+
+@dataclass(slots=True)
 class LayerWeights:
     """One layer's parameters: qkv [(Hq+2Hkv)·D, H], o [H, Hq·D], gate_up [2I, H], down [H, I]; absent ones are None."""
 
@@ -48,10 +62,11 @@ class LayerWeights:
     q_norm: Tensor | None
     k_norm: Tensor | None
     latent: LatentWeights | None
+    mamba: MambaWeights | None
     o: Tensor
     o_bias: Tensor | None
     post_attention_norm: Tensor | None
-    mlp_norm: Tensor
+    mlp_norm: Tensor | None
     gate_up: Tensor | None
     gate_up_bias: Tensor | None
     down: Tensor | None
@@ -123,21 +138,35 @@ def allocate_weights(spec: ModelSpec, *, device: str | torch.device, dtype: torc
             kv_b=new(heads * (latent.nope_dim + latent.value_dim), latent.rank),
         )
 
+    def mamba_weights(mamba: MambaSpec) -> MambaWeights:
+        return MambaWeights(
+            in_proj=new(mamba.projected, hidden),
+            in_bias=new(mamba.projected) if mamba.proj_bias else None,
+            conv=new(mamba.conv_channels, mamba.conv_width),
+            conv_bias=new(mamba.conv_channels) if mamba.conv_bias else None,
+            A_log=new(mamba.num_heads),
+            D=new(mamba.num_heads),
+            dt_bias=new(mamba.num_heads),
+            norm=new(mamba.inner_size),
+        )
+
     def layer_weights(layer: LayerSpec) -> LayerWeights:
-        head, latent, dense = layer.head_dim, layer.latent, layer.experts is None
+        head, latent, mamba = layer.head_dim, layer.latent, layer.mamba
+        plain, dense = latent is None and mamba is None, layer.experts is None and layer.mlp_size > 0
         qkv = (layer.num_heads + 2 * layer.num_kv_heads) * head
-        value_dim = head if latent is None else latent.value_dim
+        mixed = layer.num_heads * (head if latent is None else latent.value_dim)
         return LayerWeights(
             input_norm=new(hidden),
-            qkv=new(qkv, hidden) if latent is None else None,
-            qkv_bias=new(qkv) if layer.qkv_bias and latent is None else None,
-            q_norm=new(head) if layer.qk_norm else None,
-            k_norm=new(head) if layer.qk_norm else None,
+            qkv=new(qkv, hidden) if plain else None,
+            qkv_bias=new(qkv) if layer.qkv_bias and plain else None,
+            q_norm=new(head) if layer.qk_norm and plain else None,
+            k_norm=new(head) if layer.qk_norm and plain else None,
             latent=None if latent is None else latent_weights(latent, layer.num_heads, layer.qkv_bias),
-            o=new(hidden, layer.num_heads * value_dim),
+            mamba=None if mamba is None else mamba_weights(mamba),
+            o=new(hidden, mixed if mamba is None else mamba.inner_size),
             o_bias=new(hidden) if layer.o_bias else None,
             post_attention_norm=new(hidden) if layer.post_norms else None,
-            mlp_norm=new(hidden),
+            mlp_norm=new(hidden) if layer.mlp_size else None,
             gate_up=new(2 * layer.mlp_size, hidden) if dense else None,
             gate_up_bias=new(2 * layer.mlp_size) if layer.mlp_bias and dense else None,
             down=new(hidden, layer.mlp_size) if dense else None,

@@ -8,7 +8,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from penstock.serve.models.layer_spec import ExpertsSpec, LatentSpec, LayerSpec, MambaSpec, layer_parameters
+
+# A model without positions has no longest context; tables of the runtime need a number.
+UNBOUNDED = 1 << 20
 
 
 class ModelError(ValueError):
@@ -24,66 +30,6 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertsSpec:
-    """A mixture of experts in place of the MLP.
-
-    Of `count` experts of width `size` a token uses `top_k`; moe_route says what the options of the choice mean. All tokens use
-    one more MLP of width `shared_size`, if that is not 0, weighted by a sigmoid of its own with `shared_gate`.
-    """
-
-    count: int
-    top_k: int
-    size: int
-    scoring: str = "softmax"
-    renormalize: bool = True
-    num_groups: int | None = None
-    top_groups: int | None = None
-    scale: float = 1.0
-    bias: bool = False
-    float32_router: bool = False
-    shared_size: int = 0
-    shared_gate: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class LatentSpec:
-    """Multi-head latent attention: keys and values of all heads are kept as one row of `rank` + `rope_dim` numbers.
-
-    A head's query and key have `nope_dim` dimensions without positions and `rope_dim` rotated ones, its value has `value_dim`.
-    Queries go through `query_rank` numbers first, where that is not None.
-    """
-
-    rank: int
-    rope_dim: int
-    nope_dim: int
-    value_dim: int
-    query_rank: int | None = None
-    interleaved: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSpec:
-    """One decoder layer. `window` counts the keys a query sees, itself included; `rope` indexes ModelSpec.ropes."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    query_scale: float
-    mlp_size: int
-    activation: str = "silu"
-    window: int | None = None
-    attention_softcap: float | None = None
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    post_norms: bool = False
-    rope: int = 0
-    experts: ExpertsSpec | None = None
-    latent: LatentSpec | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A whole decoder; every number that the model code needs and no tensor."""
 
@@ -96,10 +42,13 @@ class ModelSpec:
     norm_eps: float
     norm_weight_offset: float = 0.0
     embedding_scale: float | None = None
+    residual_scale: float | None = None
+    logit_scale: float | None = None
     logit_softcap: float | None = None
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
+    renamed: tuple[tuple[str, str], ...] = ()  # parts of Llama's tensor names → what this architecture calls them
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelSpec":
@@ -124,30 +73,20 @@ class ModelSpec:
         return longest
 
     @property
+    def attention_layers(self) -> tuple[LayerSpec, ...]:
+        """Those with keys and values."""
+        return tuple(layer for layer in self.layers if layer.mamba is None)
+
+    @property
+    def mambas(self) -> tuple[MambaSpec, ...]:
+        """Those with recurrent state."""
+        return tuple(layer.mamba for layer in self.layers if layer.mamba is not None)
+
+    @property
     def num_parameters(self) -> int:
         """Weights in the checkpoint, norms and biases included."""
         total = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size
         return total + sum(layer_parameters(self.hidden_size, layer) for layer in self.layers)
-
-
-def layer_parameters(hidden: int, layer: LayerSpec) -> int:
-    """Weights of one layer, norms and biases included."""
-    total = hidden * (4 if layer.post_norms else 2) + hidden * layer.o_bias
-    if layer.latent is None:
-        q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-        total += hidden * (2 * q + 2 * kv) + 2 * layer.head_dim * layer.qk_norm + (q + 2 * kv) * layer.qkv_bias
-    else:
-        latent = layer.latent
-        q = layer.num_heads * (latent.nope_dim + latent.rope_dim)
-        rank, value = latent.query_rank, layer.num_heads * latent.value_dim
-        total += hidden * q if rank is None else rank * (hidden + q + 1 + layer.qkv_bias)
-        total += (hidden + layer.qkv_bias) * (latent.rank + latent.rope_dim) + latent.rank
-        total += latent.rank * (layer.num_heads * latent.nope_dim + value) + value * hidden
-    if layer.experts is None:
-        return total + 3 * hidden * layer.mlp_size + (2 * layer.mlp_size + hidden) * layer.mlp_bias
-    experts = layer.experts
-    total += experts.count * (hidden + 3 * hidden * experts.size + experts.bias)
-    return total + 3 * hidden * experts.shared_size + hidden * experts.shared_gate
 
 
 def read_spec(path: str | Path) -> ModelSpec:
@@ -281,7 +220,7 @@ def _model(
     config: Any,
     *,
     windows: Sequence[int | None] | None = None,
-    ropes: tuple[RopeSpec, ...] = (),
+    ropes: tuple[RopeSpec, ...] | None = None,
     rope_of_layer: Sequence[int] | None = None,
     activation: str | None = None,
     query_scale: float | None = None,
@@ -322,7 +261,7 @@ def _model(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         layers=layers,
-        ropes=ropes or (_rope(name, config, head_dim),),
+        ropes=(_rope(name, config, head_dim),) if ropes is None else ropes,
         max_position_embeddings=config.max_position_embeddings,
         norm_eps=config.rms_norm_eps,
         tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
@@ -479,6 +418,117 @@ def _gemma3(name: str, config: Any) -> ModelSpec:
     return _gemma(name, config, layer={"qk_norm": True}, ropes=ropes, rope_of_layer=local)
 
 
+def _hybrid(
+    name: str, config: Any, *, mlp_size: int, rope: int | None, ropes: tuple[RopeSpec, ...], **fields: Any
+) -> ModelSpec:
+    """Attention in some layers and Mamba-2 in the others, each followed by an MLP."""
+    bias, limit = bool(getattr(config, "attention_bias", False)), config.time_step_limit
+    mamba = MambaSpec(
+        num_heads=config.mamba_n_heads,
+        head_dim=config.mamba_d_head,
+        num_groups=config.mamba_n_groups,
+        state_size=config.mamba_d_state,
+        conv_width=config.mamba_d_conv,
+        conv_bias=bool(config.mamba_conv_bias),
+        proj_bias=bool(config.mamba_proj_bias),
+        dt_limit=(0.0, float("inf")) if limit is None else (float(limit[0]), float(limit[1])),
+    )
+    _check_mamba(name, mamba, config.hidden_act)
+    layer = {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(getattr(config, "mlp_bias", False)), "mlp_size": mlp_size}
+    spec = _model(name, config, ropes=ropes, layer=layer, **fields)
+    kinds = config.layers_block_type
+    layers = tuple(
+        replace(own, rope=rope) if kind == "full_attention" else replace(own, mamba=mamba, o_bias=mamba.proj_bias)
+        for own, kind in zip(spec.layers, kinds, strict=True)
+    )
+    return replace(spec, layers=layers)
+
+
+def _check_mamba(name: str, mamba: MambaSpec, activation: str) -> None:
+    if activation != "silu":
+        raise ModelError(f"{name} with hidden activation {activation} is not supported; a Mamba-2 mixer gates with silu")
+    if mamba.num_groups < 1 or mamba.num_heads % mamba.num_groups:
+        raise ModelError(f"{name}: {mamba.num_heads} Mamba heads must be a multiple of {mamba.num_groups} groups")
+
+
+def _bamba(name: str, config: Any) -> ModelSpec:
+    # Half of each head is rotated: config classes fix it, published configs may name it.
+    rotated = _head_dim(name, config) // 2
+    parameters = dict(getattr(config, "rope_parameters", None) or {"rope_theta": 10_000.0})
+    parameters.pop("partial_rotary_factor", None)
+    ropes = (
+        _rope(
+            name, SimpleNamespace(rope_parameters=parameters, max_position_embeddings=config.max_position_embeddings), rotated
+        ),
+    )
+    names = (
+        ("mlp.", "feed_forward."),
+        ("post_attention_layernorm", "pre_ff_layernorm"),
+        ("model.norm.", "model.final_layernorm."),
+    )
+    return _hybrid(name, config, mlp_size=config.intermediate_size, rope=0, ropes=ropes, renamed=names)
+
+
+def _granite_hybrid(name: str, config: Any) -> ModelSpec:
+    if config.num_local_experts:
+        raise ModelError(
+            f"{name} with mixture-of-experts layers (num_local_experts={config.num_local_experts}) is not supported"
+        )
+    rotates = config.position_embedding_type == "rope"
+    ropes = (_rope(name, config, _head_dim(name, config)),) if rotates else ()
+    return _hybrid(
+        name,
+        config,
+        mlp_size=config.shared_intermediate_size,
+        rope=0 if rotates else None,
+        ropes=ropes,
+        query_scale=config.attention_multiplier,
+        embedding_scale=_unless_one(config.embedding_multiplier),
+        residual_scale=_unless_one(config.residual_multiplier),
+        logit_scale=_unless_one(1 / config.logits_scaling),
+        renamed=(("mlp.gate_up_proj", "shared_mlp.input_linear"), ("mlp.down_proj", "shared_mlp.output_linear")),
+    )
+
+
+def _unless_one(scale: float) -> float | None:
+    return None if scale == 1 else float(scale)
+
+
+def _mamba2(name: str, config: Any) -> ModelSpec:
+    mamba = MambaSpec(
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        num_groups=config.n_groups,
+        state_size=config.state_size,
+        conv_width=config.conv_kernel,
+        conv_bias=bool(config.use_conv_bias),
+        proj_bias=bool(config.use_bias),
+        dt_limit=(float(config.time_step_limit[0]), float(config.time_step_limit[1])),
+    )
+    _check_mamba(name, mamba, config.hidden_act)
+    layer = LayerSpec(num_heads=0, num_kv_heads=0, head_dim=0, query_scale=0.0, mlp_size=0, o_bias=mamba.proj_bias, mamba=mamba)
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "bfloat16"
+    return ModelSpec(
+        architecture=name,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        layers=(layer,) * config.num_hidden_layers,
+        ropes=(),
+        max_position_embeddings=UNBOUNDED,
+        norm_eps=config.layer_norm_epsilon,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        eos_token_ids=_token_ids(config.eos_token_id),
+        dtype=str(dtype).removeprefix("torch."),
+        renamed=(
+            ("model.norm.", "backbone.norm_f."),
+            ("model.embed_tokens", "backbone.embeddings"),
+            ("model.", "backbone."),
+            ("input_layernorm", "norm"),
+            ("mamba.", "mixer."),
+        ),
+    )
+
+
 ARCHITECTURES: dict[str, Callable[[str, Any], ModelSpec]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
@@ -491,6 +541,9 @@ ARCHITECTURES: dict[str, Callable[[str, Any], ModelSpec]] = {
     "Qwen3MoeForCausalLM": _qwen3_moe,
     "DeepseekV2ForCausalLM": _deepseek_v2,
     "DeepseekV3ForCausalLM": _deepseek_v3,
+    "Mamba2ForCausalLM": _mamba2,
+    "BambaForCausalLM": _bamba,
+    "GraniteMoeHybridForCausalLM": _granite_hybrid,
 }
 _MIXTURES = (
     "MixtralForCausalLM",

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from penstock.serve.models.names import EMBEDDING, LM_HEAD, checkpoint_names
+from penstock.serve.models.names import EMBEDDING, LM_HEAD, checkpoint_names, published
 from penstock.serve.models.parameters import Weights, allocate_weights
 from penstock.serve.models.spec import ModelError, ModelSpec
 
@@ -42,11 +42,12 @@ def load_weights(
     files = _checkpoint_files(Path(path))
     names = {file: _tensor_names(file) for file in files}
     found = {name for in_file in names.values() for name in in_file}
-    tied = spec.tie_word_embeddings and not {LM_HEAD, EMBEDDING} <= found
+    embedding = published(EMBEDDING, spec)
+    tied = spec.tie_word_embeddings and not {LM_HEAD, embedding} <= found
     weights = allocate_weights(spec, device=device, dtype=dtype, tied=tied)
     targets = checkpoint_names(spec, weights)
-    if tied and EMBEDDING not in found and LM_HEAD in found:
-        targets[LM_HEAD] = targets.pop(EMBEDDING)
+    if tied and embedding not in found and LM_HEAD in found:
+        targets[LM_HEAD] = targets.pop(embedding)
     unread, total, done = set(targets), sum(file.stat().st_size for file in files), 0
     for file in files:
         with _open(file) as tensors:
@@ -83,6 +84,8 @@ def random_weights(
         norms = [layer.input_norm, layer.q_norm, layer.k_norm, layer.post_attention_norm, layer.mlp_norm, layer.post_mlp_norm]
         if layer.latent is not None:
             norms += [layer.latent.q_norm, layer.latent.kv_norm]
+        if layer.mamba is not None:
+            norms.append(layer.mamba.norm)
         for norm in (*norms, weights.norm):
             if norm is not None:
                 norm.fill_(1.0 - spec.norm_weight_offset)

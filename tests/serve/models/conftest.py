@@ -44,6 +44,10 @@ _DEEPSEEK_YARN = {
     "mscale_all_dim": 0.9,
 }
 
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 8, "tie_word_embeddings": False}
+_MAMBA2 = {"num_heads": 8, "head_dim": 16, "state_size": 16, "chunk_size": 8, "n_groups": 1, "layer_norm_epsilon": 1e-5}
+_GRANITE = {"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "logits_scaling": 2.0, "attention_multiplier": 0.2}
+
 CASES = {
     "llama": ("Llama", {"rope_theta": 5000.0}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 32}),
@@ -75,6 +79,31 @@ CASES = {
     "deepseek2": ("DeepseekV2", {**_DEEPSEEK, **_GROUPS, "q_lora_rank": None, "topk_method": "group_limited_greedy"}),
     "deepseek3": ("DeepseekV3", {**_DEEPSEEK, **_GROUPS, "q_lora_rank": 28}),
     "deepseek3-yarn": ("DeepseekV3", {**_DEEPSEEK, **_GROUPS, "q_lora_rank": 28, "rope_scaling": _DEEPSEEK_YARN}),
+    "mamba2": ("Mamba2", _MAMBA2),
+    "mamba2-groups": ("Mamba2", {**_MAMBA2, "n_groups": 4, "use_bias": True}),
+    "bamba": ("Bamba", {**_MAMBA, "attn_layer_indices": [1], "num_hidden_layers": 3}),
+    "granite-hybrid": (
+        "GraniteMoeHybrid",
+        {
+            **_MAMBA,
+            **_GRANITE,
+            "mamba_n_groups": 2,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "granite-hybrid-rope": (
+        "GraniteMoeHybrid",
+        {
+            **_MAMBA,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "tie_word_embeddings": True,
+            "position_embedding_type": "rope",
+            "layer_types": ["full_attention", "linear_attention"],
+        },
+    ),
 }
 
 

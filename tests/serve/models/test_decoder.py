@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from penstock.serve.kv import KVPool
+from penstock.serve.models import decoder
 from penstock.serve.models.batch import Batch
 from penstock.serve.models.decoder import Decoder
 from penstock.serve.models.spec import read_spec
 from penstock.serve.models.weights import load_weights
+from penstock.serve.states import StatePool
 
 PAGE = 8
 LENGTHS = (37, 1, 22)
@@ -23,7 +25,8 @@ class Session:
         self.page_size, pages = page_size, -(-longest // page_size)
         self.pool = KVPool(spec, requests * pages, page_size, dtype=dtype, device="cpu")
         self.pool.data.fill_(torch.nan)
-        self.decoder = Decoder(spec, weights, self.pool.layers, max_model_len=longest)
+        states = StatePool(spec.mambas, requests, dtype=dtype, device="cpu").layers
+        self.decoder = Decoder(spec, weights, self.pool.layers, max_model_len=longest, states=states)
         shuffled = torch.randperm(requests * pages, generator=torch.Generator().manual_seed(0)).int()
         self.table = shuffled.view(requests, pages)
         self.lengths = [0] * requests
@@ -47,6 +50,7 @@ class Session:
             num_decodes=len(decodes),
             cu_seqlens_q=cu_seqlens if prefills else None,
             max_seqlen_q=max((len(piece) for piece in prefills.values()), default=1),
+            state_slots=torch.tensor(rows, dtype=torch.int32),
         )
         logits = self.decoder.logits(self.decoder.forward(torch.cat(pieces).int(), batch))
         return dict(zip(rows, logits.split([len(piece) for piece in pieces]), strict=True))
@@ -75,7 +79,9 @@ def relative_error(got, wanted):
     return ((got - wanted).norm() / wanted.norm()).item()
 
 
-def test_logits_of_whole_prompts(case, checkpoint, expected):
+@pytest.mark.parametrize("fused", [False, True])
+def test_logits_of_whole_prompts(case, checkpoint, expected, monkeypatch, fused):
+    monkeypatch.setattr(decoder, "FUSED", ("cpu",) if fused else ())
     got = Session(checkpoint(case), torch.float32).step({}, dict(enumerate(PROMPTS)))
     for i, wanted in enumerate(expected(case, torch.float32)):
         assert wanted.std() > 0.1  # logits that differ enough for the comparison to mean something
