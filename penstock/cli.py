@@ -1,4 +1,4 @@
-"""The `penstock` command: generate, ops, bench, doctor.
+"""The `penstock` command: generate, serve, ops, bench, doctor.
 
 Results go to stdout, everything else to stderr. Exit code 0: done; 1: failed, with one `error:` message; 2: wrong usage; 130:
 interrupted. torch is imported inside the commands, so that help is quick.
@@ -223,6 +223,80 @@ def loading_bar() -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+# ---- penstock serve
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help='Folder of a Hugging Face checkpoint, or "demo".', metavar="MODEL")],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one; the log tells.", min=0, max=65535)] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="What requests call the model; default: its folder.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Ask for this key; PENSTOCK_API_KEY keeps it out of `ps`.")] = None,
+    max_queue: Annotated[int, typer.Option(help="Completions that may wait; more are answered 429.", min=0)] = 1024,
+    max_body: Annotated[str, typer.Option(help="Largest body of a request.")] = "4MiB",
+    max_output_tokens: Annotated[int | None, typer.Option(help="The most a request may ask for.", min=1)] = None,
+    drain_seconds: Annotated[float, typer.Option(help="For running requests after SIGTERM.", min=0)] = 30.0,
+    log_format: Annotated[str, typer.Option(help="text, or json for one object a line.")] = "text",
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Prompt and output together; default: the model's.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Completions computed together.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens computed in one step.")] = 2048,
+    kv_cache_memory: Annotated[str | None, typer.Option(help='Of the pages, such as "4GiB"; default: what is free.')] = None,
+    page_size: Annotated[int | None, typer.Option(help="Tokens of a page; default: 64 on a GPU, 16 on a CPU.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the seeds drawn for requests that bring none.")] = 0,
+) -> None:
+    """Serve a model over HTTP, with OpenAI's interface."""
+    from penstock.core.env import API_KEY
+    from penstock.serve.config import EngineConfig, InvalidConfig, parse_bytes, resolve_model
+    from penstock.serve.packages import optional
+
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        optional(package, "penstock serve")
+    engine_options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "kv_cache_memory": kv_cache_memory,
+        "page_size": page_size,
+        "seed": seed,
+    }
+    try:
+        EngineConfig(model=model, **engine_options)
+        largest = parse_bytes(max_body)
+    except InvalidConfig as error:
+        raise UsageError("; ".join(line.strip() for line in str(error).splitlines()[1:])) from error
+    except ValueError as error:
+        raise UsageError(f"--max-body must be {error}") from error
+    for name, value, choices in (
+        ("--log-format", log_format, ("text", "json")),
+        ("--log-level", log_level, ("debug", "info", "warning", "error")),
+    ):
+        if value not in choices:
+            raise UsageError(f"{name} must be {' or '.join(choices)}, got {value!r}")
+    folder = resolve_model(model)
+    resolve_device(device)
+
+    from penstock.serve.llm import LLM
+    from penstock.serve.server import command, logs
+    from penstock.serve.server.app import Options
+
+    logs.configure(as_json=log_format == "json", level=log_level)
+    options = Options(
+        model=served_model_name or ("demo" if model == "demo" else folder.resolve().name),
+        api_key=API_KEY.read() if api_key is None else api_key,
+        max_queue=max_queue,
+        max_body=largest,
+        max_output_tokens=max_output_tokens,
+    )
+    listening = command.Listening(host, port, drain_seconds)
+    raise typer.Exit(command.serve(lambda: LLM(model, **engine_options).engine, options, listening))
+
+
 # ---- penstock ops
 
 
@@ -247,7 +321,7 @@ def ops(device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto") -> None
     add_help_option=False,
 )
 def bench(context: typer.Context) -> None:
-    """Measure operators on this machine."""
+    """Measure operators, the engine or a server on this machine."""
     try:
         module = import_module("penstock.bench.cli")
     except ModuleNotFoundError as error:
@@ -256,7 +330,9 @@ def bench(context: typer.Context) -> None:
         raise UsageError("this installation has no penstock.bench") from error
     # It records the command it was given, which it reads from here.
     sys.argv = ["penstock bench", *context.args]
-    code = module.app(context.args, prog_name="penstock bench", standalone_mode=False)
+    command, arguments = module.command_of(context.args)
+    name = "penstock bench" if arguments is context.args else "penstock bench serve"
+    code = command(arguments, prog_name=name, standalone_mode=False)
     raise typer.Exit(code or 0)
 
 
@@ -328,7 +404,9 @@ def _environment() -> Iterator[tuple[str, str, str]]:
     for variable in VARIABLES:
         source = "set" if variable.name in os.environ else "default"
         try:
-            yield variable.name, f"{variable.read()} ({source})", ""
+            value = variable.read()
+            shown = value if variable.choices else "a secret" if value else "empty"
+            yield variable.name, f"{shown} ({source})", ""
         except ValueError as error:
             yield variable.name, repr(os.environ[variable.name]), str(error)
     on = os.environ.get("TRITON_INTERPRET", "0") != "0" and interpreting()

@@ -85,11 +85,11 @@ def test_help_is_quick_and_imports_no_torch():
     program = "import sys; from penstock.cli import main; main(['--help']); print(sys.modules.keys() & {'torch', 'rich'})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
     assert done.stdout.splitlines()[-1] == "set()"
-    for command in ("generate", "ops", "bench", "doctor"):
+    for command in ("generate", "serve", "ops", "bench", "doctor"):
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["generate", "ops", "doctor", "bench"])
+@pytest.mark.parametrize("command", ["generate", "serve", "ops", "doctor", "bench"])
 def test_every_command_has_help(here, command):
     code, out, err = here(command, "--help")
     assert code == 0 and "Usage: penstock" in out and err == ""

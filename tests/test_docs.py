@@ -7,6 +7,8 @@ The word after ```python says how a block is run:
     raises          it must raise, and the next text block is what it says
     no-run: REASON  not at all
 
+A ```bash background block is a server: started, waited for until the port 8000 that it names answers, ended with the document.
+
 A ```text block after a block that prints, at most one paragraph below it, is compared with what was printed.
 """
 
@@ -15,9 +17,12 @@ import importlib
 import io
 import os
 import re
+import shlex
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,14 +54,18 @@ def blocks_of(source: str) -> list[Block]:
         is_output = following is not None and following[1] == "text" and between.count("\n\n") <= 2
         line = source[: match.start()].count("\n") + 2
         blocks.append(Block(line, match[1], match[2].strip(), match[3], following[3] if following and is_output else None))
-    return [block for block in blocks if block.language == "python"]
+    return [block for block in blocks if block.language == "python" or block.how == "background"]
 
 
 def execute(path: Path) -> None:
     """Runs the blocks of one document in this process."""
     namespace: dict[str, object] = {"__name__": "__main__"}
-    with tempfile.TemporaryDirectory() as folder:
-        for block in blocks_of(path.read_text()):
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
+        port = free_port()  # in place of the 8000 that people read
+        for block in blocks_of(path.read_text().replace("8000", str(port))):
+            if block.how == "background":
+                servers.enter_context(running(block.code, port))
+                continue
             if block.how.startswith("no-run"):
                 continue
             if block.how.startswith("file="):
@@ -74,6 +83,28 @@ def execute(path: Path) -> None:
             got = said if block.how == "raises" else printed.getvalue()
             if got and block.text is not None:
                 assert squeezed(got) == squeezed(block.text), f"{path.name}:{block.line} prints\n{got}\nand not\n{block.text}"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(command, port):
+    """A `penstock` command in the background, once its port answers."""
+    process = subprocess.Popen([sys.executable, "-m", *shlex.split(command)])
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            assert process.poll() is None, f"{command} has ended"
+            time.sleep(0.1)
+        yield
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
 
 
 def run(program, namespace, must_raise):
@@ -96,7 +127,8 @@ def squeezed(text):
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if blocks_of(path.read_text())], ids=lambda path: path.name)
 def test_blocks_run(path):
     for block in blocks_of(path.read_text()):
-        assert re.fullmatch(r"|raises|file=\S+\.py|no-run: .+", block.how), f"{path.name}:{block.line} ```python {block.how}"
+        where = f"{path.name}:{block.line} ```{block.language} {block.how}"
+        assert re.fullmatch(r"|raises|file=\S+\.py|no-run: .+|background", block.how), where
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, __file__, str(path)], capture_output=True, text=True, cwd=ROOT, env=environment)

@@ -10,7 +10,8 @@
     record.py, report.py  JSON files and tables
     tune.py               times candidate launch configs, writes the tables that core/tuning.py looks up
     engine.py, engine_peer.py, shapes.py   tokens per second of penstock.LLM against transformers
-    cli.py                penstock bench OP|all|ceilings|engine
+    serve.py, serve_command.py   a server's latency against load: Poisson arrivals, goodput, a plot
+    cli.py                penstock bench OP|all|ceilings|engine|serve
 
 A day on a GPU is one command, benchmarks/gpu_session.py; benchmarks/file_results.py files what it brought back.
 

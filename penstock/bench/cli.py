@@ -1,4 +1,4 @@
-"""`penstock bench OP …` and `penstock bench engine`; also `python -m penstock.bench`."""
+"""`penstock bench OP …`, `engine` and `serve`; also `python -m penstock.bench`."""
 
 import os
 import shlex
@@ -20,7 +20,8 @@ def bench(
     targets: Annotated[
         list[str],
         typer.Argument(
-            metavar="OP…|all|ceilings|engine", help="Operators by name, all of them, the ceilings alone, or the engine."
+            metavar="OP…|all|ceilings|engine|serve",
+            help="Operators by name, all of them, the ceilings alone, the engine, or a server (`serve --help` tells more).",
         ),
     ],
     device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu; default: cuda where there is one.")] = "",
@@ -168,6 +169,16 @@ def _operators(
         console.print(f"@done {path}", markup=False)
 
 
+def command_of(arguments: list[str]) -> tuple[typer.Typer, list[str]]:
+    """The command that the arguments are for, and those it takes: `serve` has options of its own."""
+    if arguments[:1] != ["serve"]:
+        return app, arguments
+    from penstock.bench import serve_command
+
+    return serve_command.app, arguments[1:]
+
+
 def main() -> None:
     """The command of `python -m penstock.bench`."""
-    app()
+    command, arguments = command_of(sys.argv[1:])
+    command(arguments)

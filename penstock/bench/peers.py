@@ -30,6 +30,8 @@ COMPILED_TOO = ("merge_attention", "apply_penalties", "moe_route")
 def peers_of(op: Op) -> dict[str, Peer]:
     """Every peer of an operator by name."""
     from penstock.bench.peers_flashinfer import FLASHINFER
+    from penstock.bench.peers_mamba import MAMBA
+    from penstock.bench.peers_matmul import MATMUL
 
     room = op.module.split(".")[2] if op.module.startswith("penstock.ops.") else ""
     found: dict[str, Peer] = {}
@@ -37,6 +39,8 @@ def peers_of(op: Op) -> dict[str, Peer]:
         found["torch.compile"] = compiled_reference(op)
     found.update(PEERS.get(op.name, {}))
     found.update(FLASHINFER.get(op.name, {}))
+    found.update(MAMBA.get(op.name, {}))
+    found.update(MATMUL.get(op.name, {}))
     return found
 
 

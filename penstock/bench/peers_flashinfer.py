@@ -232,6 +232,21 @@ def _xqa(package: Any, arguments: Arguments) -> Call | str:
     )
 
 
+def _mla(package: Any, arguments: Arguments) -> Call | str:
+    if arguments.get("q_len", 1) != 1 or arguments.get("return_lse"):
+        return "compared for one query token and without a log-sum-exp"
+    latent, rope, cache = arguments["q_latent"], arguments["q_rope"], arguments["cache"]
+    B, Hq, Dc = latent.shape
+    Dr, lengths = rope.shape[2], arguments["seqlens_k"]
+    indptr, indices, _ = _page_lists({**arguments, "k_cache": cache})
+    wrapper = package.mla.BatchMLAPagedAttentionWrapper(_workspace(latent.device, "mla"))
+    scale = arguments.get("scale") or (Dc + Dr) ** -0.5
+    rows = torch.arange(B + 1, dtype=torch.int32, device=latent.device)
+    page_size = cache.shape[1]
+    wrapper.plan(rows, indptr, indices, lengths, Hq, Dc, Dr, page_size, False, scale, latent.dtype, cache.dtype)
+    return lambda: wrapper.run(latent, rope, cache[..., :Dc], cache[..., Dc:])
+
+
 def _merge_states(package: Any, arguments: Arguments) -> Call | str:
     # Its states lie along the second dimension and its LSE is to base 2; the bytes moved are the same.
     outs, lses = arguments["outs"].transpose(0, 1).contiguous(), arguments["lses"].transpose(0, 1) * 1.4426950408889634
@@ -294,6 +309,7 @@ FLASHINFER: dict[str, dict[str, Callable[[Arguments], Call | str]]] = {
     "attention_prefill": {"FlashInfer": _peer(_prefill_ragged)},
     "attention_prefill_paged": {"FlashInfer": _peer(_prefill_paged)},
     "attention_decode": {"FlashInfer": _peer(_decode), "FlashInfer XQA": _peer(_xqa)},
+    "mla_decode": {"FlashInfer": _peer(_mla)},
     "merge_attention": {"FlashInfer": _peer(_merge_states)},
     "sample": {"FlashInfer probs": _peer(_sample_from_probs), "FlashInfer logits": _peer(_sample_from_logits)},
 }

@@ -59,13 +59,14 @@ class Implementation:
 class Op:
     """An operator: call it like the function it wraps."""
 
-    def __init__(self, function: Callable[..., Any], schema: str, spec: Spec, exact: bool = False):
+    def __init__(self, function: Callable[..., Any], schema: str, spec: Spec, exact: bool = False, tile: int | None = None):
         functools.update_wrapper(self, function)
         self.function = function
         self.name = function.__name__
         self.module = function.__module__
         self.contract = Contract(self.name, spec)
         self.exact = exact
+        self.tile = tile
         self.implementations: dict[str, Implementation] = {}
         self.definition: Callable[..., Any] | None = None
         self._baseline: Callable[..., Any] | None = None
@@ -168,12 +169,12 @@ class Op:
 
     def choices(self) -> dict[str, dict[str, str]]:
         """The implementations picked since the start, each with why those before it were passed over, as last seen."""
-        return {name: dict(passed_over) for name, passed_over in self._choices.items()}
+        return {name: dict(passed_over) for name, passed_over in list(self._choices.items())}
 
     # ---- choosing
 
     def pick(self, impl: str, *args: Any) -> Callable[..., None]:
-        """Checks the contract and returns the launch function; both remembered by signature.
+        """Checks the contract and returns the launch function; both remembered by signature, of which alignment is a part.
 
         Args:
             impl: "auto", "reference" or an implementation's name; a name never falls back.
@@ -182,7 +183,10 @@ class Op:
         """
         if torch.compiler.is_compiling():
             return functools.partial(self.library_op, impl)
-        key = (impl, *[(a.shape, a.dtype, a.stride(), a.device) if isinstance(a, Tensor) else a for a in args])
+        key = (
+            impl,
+            *[(a.shape, a.dtype, a.stride(), a.device, a.data_ptr() & 15) if isinstance(a, Tensor) else a for a in args],
+        )
         try:
             launch = self._picked.get(key)
         except TypeError:  # something unhashable, such as a list where a tensor belongs: the contract names it
@@ -263,10 +267,11 @@ class Op:
         torch.library.register_fake(f"penstock::{self.name}", lambda *args: None, lib=_LIBRARY)
 
 
-def op(schema: str, spec: Spec, exact: bool = False) -> Callable[[Callable[..., Any]], Op]:
+def op(schema: str, spec: Spec, exact: bool = False, tile: int | None = None) -> Callable[[Callable[..., Any]], Op]:
     """Makes an operator of a public function; see the head of this file.
 
     Args:
         exact: every implementation returns the reference's very bits; there is no float64 oracle.
+        tile: results are judged by squares of this many rows and columns, so that one wrong tile of a matrix product shows.
     """
-    return lambda function: Op(function, schema, spec, exact)
+    return lambda function: Op(function, schema, spec, exact, tile)

@@ -12,12 +12,14 @@ import hashlib
 import operator
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from penstock.serve.config import EngineConfig, SchedulerConfig
-from penstock.serve.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
+from penstock.serve.grammar import Grammar, GrammarCompiler, GrammarError
+from penstock.serve.outputs import CompletionOutput, EngineStatistics, FinishReason, Logprob, RequestMetrics, RequestOutput
+from penstock.serve.packages import MissingPackage
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import StepPlan, StepResult, TokenLogprobs
 from penstock.serve.scheduler import Event, FinishedEvent, Scheduler, TokenEvent
@@ -52,6 +54,7 @@ class EncodedPrompt:
 
     text: str | None
     token_ids: list[int]
+    grammar: Grammar | None = None  # at its beginning
 
 
 def child_seed(seed: int, index: int) -> int:
@@ -65,8 +68,9 @@ def child_seed(seed: int, index: int) -> int:
 class _Completion:
     """One of a request's completions while it grows."""
 
-    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer | None, prompt: list[int]) -> None:
+    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer | None, prompt: EncodedPrompt) -> None:
         self.index = index
+        self.grammar = None if prompt.grammar is None else prompt.grammar.copy()
         self.text = ""
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -77,7 +81,9 @@ class _Completion:
         self._cumulative_logprob = 0.0
         self._detokenizer = None
         if tokenizer is not None and params.detokenize:
-            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt, skip_special_tokens=params.skip_special_tokens)
+            skip = params.skip_special_tokens
+            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt.token_ids, skip_special_tokens=skip)
+        self._given = 0, 0  # characters and tokens of the increments so far
         self._scanner = StopScanner(params.stop_strings, include=params.include_stop_str_in_output)
 
     def append(self, event: TokenEvent) -> str | None:
@@ -86,6 +92,8 @@ class _Completion:
         if event.logprobs is not None:
             self._logprobs.append(self._readable(event.token_id, event.logprobs))
             self._cumulative_logprob += event.logprobs.sampled_logprob
+        if self.grammar is not None and not event.is_stop_token:
+            self.grammar.accept(event.token_id)
         hidden = event.is_stop_token and not self._params.include_stop_str_in_output
         if self._detokenizer is None or hidden:
             return None
@@ -111,15 +119,17 @@ class _Completion:
         if self.finish_reason is None:
             self.finish_reason, self.stop_reason = reason, stop_reason
 
-    def output(self) -> CompletionOutput:
-        """What there is so far."""
+    def output(self, *, increment: bool = False) -> CompletionOutput:
+        """What there is so far, or what has come since this was last asked."""
         wanted = self._params.logprobs is not None
+        text, tokens = self._given if increment else (0, 0)
+        self._given = len(self.text), len(self.token_ids)
         return CompletionOutput(
             index=self.index,
-            text=self.text,
-            token_ids=list(self.token_ids),
+            text=self.text[text:],
+            token_ids=self.token_ids[tokens:],
             cumulative_logprob=self._cumulative_logprob if wanted else None,
-            logprobs=list(self._logprobs) if wanted else None,
+            logprobs=self._logprobs[tokens:] if wanted else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
@@ -136,16 +146,19 @@ class _Completion:
         return entries
 
     def _token_text(self, token_id: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
 
 class _Group:
     """A request: its prompt and its n completions."""
 
-    def __init__(self, request_id: str, prompt: EncodedPrompt, stream: bool, completions: list[_Completion]) -> None:
+    def __init__(
+        self, request_id: str, prompt: EncodedPrompt, completions: list[_Completion], *, stream: bool, increments: bool
+    ) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.stream = stream
+        self.increments = increments
         self.completions = completions
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
 
@@ -157,10 +170,15 @@ class _Group:
         if self.metrics.first_token_time is None:
             self.metrics = replace(self.metrics, first_token_time=time.monotonic())
 
-    def output(self) -> RequestOutput:
+    def output(self, touched: Container[int] | None = None) -> RequestOutput:
+        """Its completions; of increments only those touched, when that is known."""
         if self.finished and self.metrics.finished_time is None:
             self.metrics = replace(self.metrics, finished_time=time.monotonic())
-        outputs = [completion.output() for completion in self.completions]
+        outputs = [
+            completion.output(increment=self.increments)
+            for completion in self.completions
+            if not self.increments or touched is None or completion.index in touched
+        ]
         text, token_ids = self.prompt.text, self.prompt.token_ids
         return RequestOutput(self.request_id, text, token_ids, outputs, self.finished, self.metrics)
 
@@ -188,6 +206,8 @@ class Engine:
         self._groups: dict[str, _Group] = {}
         self._children: dict[str, tuple[_Group, _Completion]] = {}  # the scheduler's names
         self._undelivered: list[RequestOutput] = []
+        self._grammar_compiler: GrammarCompiler | None = None
+        self._constrained: dict[int, Grammar] = {}  # of the slots whose output follows one
 
     def encode(self, prompt: Any, params: SamplingParams) -> EncodedPrompt:
         """The prompt in tokens, if a request with these parameters can run.
@@ -204,12 +224,25 @@ class Engine:
                 raise InvalidPrompt(f"token id {token_id} is not in the vocabulary, 0 … {self.runner.vocab_size - 1}")
         if params.stop_strings and self.tokenizer is None:
             raise InvalidPrompt(f"stop={params.stop_strings!r} is searched for in text, but there is no tokenizer")
+        for token_id, _ in params.token_biases:
+            if token_id >= self.runner.vocab_size:
+                raise InvalidPrompt(f"logit_bias: token id {token_id} is not in the vocabulary of {self.runner.vocab_size}")
         if (params.logprobs or 0) > self.runner.vocab_size:
             raise InvalidPrompt(f"logprobs={params.logprobs} is more than the vocabulary of {self.runner.vocab_size}")
         reason = self.scheduler.why_refused(len(token_ids), params)
         if reason is not None:
             raise InvalidPrompt(reason)
-        return EncodedPrompt(text, token_ids)
+        return EncodedPrompt(text, token_ids, None if params.grammar is None else self._compile(params.grammar))
+
+    def _compile(self, grammar: str) -> Grammar:
+        if self.tokenizer is None:
+            raise InvalidPrompt("a grammar is one of text, but there is no tokenizer")
+        try:
+            if self._grammar_compiler is None:
+                self._grammar_compiler = GrammarCompiler(self.tokenizer, self.runner.vocab_size, self.eos_token_ids)
+            return self._grammar_compiler.compile(grammar)
+        except (GrammarError, MissingPackage) as error:
+            raise InvalidPrompt(str(error)) from error
 
     def add_request(
         self,
@@ -218,12 +251,14 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         stream: bool = True,
+        increments: bool = False,
     ) -> None:
         """Accept a request, or raise and leave everything as it was.
 
         Args:
             prompt: as for `encode`, or what it returned for the same parameters.
             stream: give an output after every token, not only at the end; each holds all there is so far.
+            increments: each holds only what is new, and of n completions only those that have something new.
         Raises: InvalidPrompt with the reason.
         """
         params = SamplingParams() if params is None else params
@@ -233,8 +268,8 @@ class Engine:
             raise InvalidPrompt(f"request {request_id!r} is already here")
         encoded = prompt if isinstance(prompt, EncodedPrompt) else self.encode(prompt, params)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        completions = [_Completion(index, params, self.tokenizer, encoded.token_ids) for index in range(params.n)]
-        group = _Group(request_id, encoded, stream, completions)
+        completions = [_Completion(index, params, self.tokenizer, encoded) for index in range(params.n)]
+        group = _Group(request_id, encoded, completions, stream=stream, increments=increments)
         self._groups[request_id] = group
         for completion in completions:
             name = f"{request_id}/{completion.index}"
@@ -258,10 +293,15 @@ class Engine:
             self._undelivered.append(group.output())
         self._groups.clear()
         self._children.clear()
+        self._constrained.clear()
 
     def has_unfinished(self) -> bool:
         """Whether a step would give anything."""
         return bool(self._groups or self._undelivered)
+
+    def statistics(self) -> EngineStatistics:
+        """What was done since the engine was made, and how things are now."""
+        return self.scheduler.statistics()
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; the outputs of the requests that got further.
@@ -276,18 +316,36 @@ class Engine:
             plan = self.scheduler.step()
             if plan is None:
                 return self._take(self.scheduler.drain())
+            self._constrain(plan)
             return self._take(self.scheduler.commit(self.runner.execute(plan)))
         except BaseException as error:
             self.abort_all("error" if isinstance(error, Exception) else "abort")
             raise
 
+    def _constrain(self, plan: StepPlan) -> None:
+        """Masks for the outputs that follow a grammar."""
+        for slot in plan.freed:
+            self._constrained.pop(slot, None)
+        for new in plan.new:
+            completion = self._children[new.request_id][1]
+            if completion.grammar is not None:
+                self._constrained[new.slot] = completion.grammar
+        if not self._constrained:
+            return
+        for work in (*plan.decodes, *plan.prefills):
+            grammar = self._constrained.get(work.slot)
+            if grammar is not None and work.sample:
+                plan.masks[work.slot] = grammar.masks()
+
     def _take(self, events: list[Event]) -> list[RequestOutput]:
         """Give events to their completions; the outputs of the requests they belong to."""
         touched: dict[str, _Group] = {}
+        which: dict[str, set[int]] = {}
         while events:
             for event in events:
                 group, completion = self._children[event.request_id]
                 touched[group.request_id] = group
+                which.setdefault(group.request_id, set()).add(completion.index)
                 if isinstance(event, FinishedEvent):
                     completion.end(event.reason, event.stop_reason)
                     continue
@@ -295,8 +353,10 @@ class Engine:
                 if (found := completion.append(event)) is not None:
                     completion.close("stop", found)
                     self.scheduler.finish(event.request_id, "stop", found)
+                elif completion.grammar is not None and completion.grammar.finished:
+                    self.scheduler.finish(event.request_id, "error" if completion.grammar.fault else "stop")
             events = self.scheduler.drain()
-        outputs = [group.output() for group in touched.values() if group.stream or group.finished]
+        outputs = [group.output(which[name]) for name, group in touched.items() if group.stream or group.finished]
         for group in touched.values():
             if group.finished:
                 del self._groups[group.request_id]

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from penstock.serve.models.spec import ModelError, ModelSpec
+from penstock.serve.models.spec import LayerSpec, ModelError, ModelSpec
 
 CUDA_UTILISATION = 0.9
 CPU_SHARE = 0.25
@@ -24,23 +24,32 @@ class PoolSize:
 class KVPool:
     """Pages of keys and values for every layer, in one allocation.
 
-    layers[i] is (k_cache, v_cache), each [P, S, Hkv, D]. Pages hold anything until they are written.
+    layers[i] is (k_cache, v_cache), each [P, S, Hkv, D]; with latent attention both are one cache of latent rows. Pages hold
+    anything until they are written.
     """
 
     def __init__(self, spec: ModelSpec, num_pages: int, page_size: int, *, dtype: torch.dtype, device: str | torch.device):
         heads = {(layer.num_kv_heads, layer.head_dim) for layer in spec.layers}
         if len(heads) != 1:
             raise ModelError(f"the layers must agree in KV heads and head_dim, got {sorted(heads)}")
-        shape = (len(spec.layers), 2, num_pages, page_size, *heads.pop())
+        parts = {_parts(layer) for layer in spec.layers}
+        if len(parts) != 1:
+            raise ModelError("either all layers have latent attention, or none")
+        shape = (len(spec.layers), parts.pop(), num_pages, page_size, *heads.pop())
         self.num_pages = num_pages
         self.page_size = page_size
         self.data = torch.empty(shape, dtype=dtype, device=device)
-        self.layers: list[tuple[Tensor, Tensor]] = [(pages[0], pages[1]) for pages in self.data]
+        self.layers: list[tuple[Tensor, Tensor]] = [(pages[0], pages[-1]) for pages in self.data]
+
+
+def _parts(layer: LayerSpec) -> int:
+    """Caches of a layer: keys and values, or latent rows that are both."""
+    return 2 if layer.latent is None else 1
 
 
 def page_bytes(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
     """Bytes of one page in all layers, keys and values."""
-    return sum(2 * page_size * layer.num_kv_heads * layer.head_dim for layer in spec.layers) * dtype.itemsize
+    return sum(_parts(layer) * page_size * layer.num_kv_heads * layer.head_dim for layer in spec.layers) * dtype.itemsize
 
 
 def size_pool(

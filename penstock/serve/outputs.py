@@ -52,3 +52,16 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """An engine at one moment, and what it has done since it was built."""
+
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_free_pages: int  # held by no request
+    num_preemptions: int
+    prompt_tokens: int  # of the requests that were admitted, once for each completion
+    output_tokens: int

@@ -1,7 +1,7 @@
 """How one request is sampled and when it ends; the names are vLLM's."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import ItemsView, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,10 @@ def _refuse(name: str, wanted: str, got: Any) -> InvalidParameter:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_token(value: Any) -> bool:
+    return _is_int(value) and value >= 0
 
 
 def _is_finite_number(value: Any) -> bool:
@@ -35,6 +39,7 @@ class SamplingParams:
         repetition_penalty: > 1 makes tokens of the prompt and the output less likely.
         presence_penalty: subtracted from the logit of each token already in the output.
         frequency_penalty: subtracted once per occurrence in the output.
+        logit_bias: {token id: what to add to its logit}.
         seed: the same seed gives the same tokens, whatever else is in the batch.
         stop: a string, or several, that end the output.
         stop_token_ids: tokens that end the output.
@@ -45,6 +50,7 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop string or stop token in the text.
         detokenize: make text; without it outputs hold token ids only.
+        grammar: the output follows it; made by a function of penstock.serve.grammar, such as json_schema.
     Raises: InvalidParameter naming the field, what it must be and what it was.
     """
 
@@ -56,6 +62,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] | None = ()
     seed: int | None = None
     stop: str | Iterable[str] | None = ()
     stop_token_ids: Iterable[int] | None = ()
@@ -66,6 +73,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     detokenize: bool = True
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         self._integer("n", 1)
@@ -92,10 +100,13 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize"):
             if not isinstance(getattr(self, name), bool):
                 raise _refuse(name, "True or False", getattr(self, name))
+        self._set("logit_bias", self._biases())
         self._set("stop", self._stop_strings())
         self._set("stop_token_ids", self._stop_tokens())
         if self.stop and not self.detokenize:
             raise _refuse("detokenize", f"True, because stop={self.stop!r} is searched for in the text", False)
+        if self.grammar is not None:
+            self._check_grammar()
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -109,6 +120,12 @@ class SamplingParams:
         assert isinstance(self.stop_token_ids, tuple)
         return self.stop_token_ids
 
+    @property
+    def token_biases(self) -> tuple[tuple[int, float], ...]:
+        """The logit biases as normalised, typed as the tuple they are."""
+        assert isinstance(self.logit_bias, tuple)
+        return self.logit_bias
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
@@ -121,6 +138,24 @@ class SamplingParams:
         value = getattr(self, name)
         if not _is_finite_number(value) or not smallest <= value <= largest:
             raise _refuse(name, wanted, value)
+
+    def _biases(self) -> tuple[tuple[int, float], ...]:
+        wanted = "None or a mapping of token ids to finite numbers"
+        if self.logit_bias is None:
+            return ()
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+        for pair in pairs if isinstance(pairs, (tuple, ItemsView)) else [None]:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and _is_token(pair[0]) and _is_finite_number(pair[1])):
+                raise _refuse("logit_bias", wanted, self.logit_bias)
+        return tuple(pairs)
+
+    def _check_grammar(self) -> None:
+        if not isinstance(self.grammar, str) or not self.grammar:
+            raise _refuse("grammar", "None or a non-empty string", self.grammar)
+        if self.ignore_eos:
+            raise _refuse("ignore_eos", "False with a grammar, which says where the output ends", True)
+        if self.min_tokens:
+            raise _refuse("min_tokens", "0 with a grammar, which says where the output ends", self.min_tokens)
 
     def _stop_strings(self) -> tuple[str, ...]:
         wanted = "None, a non-empty string or a list of non-empty strings"
@@ -140,7 +175,7 @@ class SamplingParams:
         if self.stop_token_ids is None:
             return ()
         if not isinstance(self.stop_token_ids, (list, tuple)) or not all(
-            _is_int(token_id) and token_id >= 0 for token_id in self.stop_token_ids
+            _is_token(token_id) for token_id in self.stop_token_ids
         ):
             raise _refuse("stop_token_ids", "None or a list of integers ≥ 0", self.stop_token_ids)
         return tuple(self.stop_token_ids)

@@ -41,6 +41,7 @@ class StepPlan:
     decodes: list[Work]  # len(token_ids) == 1 and sample; first in the batch
     prefills: list[Work]  # chunks, in first-come order
     freed: list[int]  # slots whose request ended or was preempted since the last plan
+    masks: dict[int, list[bytes]] = field(default_factory=dict)  # slot → tokens that its rows may sample, a bit each
 
     @property
     def num_tokens(self) -> int:

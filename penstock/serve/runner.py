@@ -13,9 +13,11 @@ from torch import Tensor
 from penstock.serve.config import EngineConfig
 from penstock.serve.graphs import DecodeGraphs, Record, padded_sizes
 from penstock.serve.kv import KVPool, available_memory, size_pool
-from penstock.serve.models.decoder import Batch, Decoder
+from penstock.serve.models.batch import Batch
+from penstock.serve.models.decoder import Decoder
+from penstock.serve.models.parameters import Weights
 from penstock.serve.models.spec import ModelError, ModelSpec, read_spec
-from penstock.serve.models.weights import Progress, Weights, load_weights
+from penstock.serve.models.weights import Progress, load_weights
 from penstock.serve.plan import StepPlan, StepResult, Work
 from penstock.serve.sampler import Sampler
 
@@ -119,7 +121,7 @@ class Runner:
             self._write_pages(updates)
             logits = self._decode(plan.decodes, updates)
         slots = [work.slot for work in sampled]
-        token_ids, logprobs = self.sampler.sample(logits, slots, [work.num_output for work in sampled])
+        token_ids, logprobs = self.sampler.sample(logits, slots, [work.num_output for work in sampled], plan.masks)
         return StepResult(dict(zip(slots, token_ids, strict=True)), logprobs)
 
     def _take_pages(self, works: Sequence[Work]) -> list[tuple[int, int]]:

@@ -1,5 +1,7 @@
 """The sampling state of every slot, and the choice of each row's next token."""
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from penstock.serve.params import SamplingParams
 from penstock.serve.plan import SlotInit, TokenLogprobs
 
 _TEMPERATURE, _TOP_P, _MIN_P, _REPETITION, _PRESENCE, _FREQUENCY = range(6)
+NO_MASKS: Mapping[int, Sequence[bytes]] = MappingProxyType({})
 
 
 class Sampler:
@@ -32,6 +35,7 @@ class Sampler:
         self._penalised: set[int] = set()
         self._held: set[int] = set()  # slots with min_tokens
         self._reported: set[int] = set()  # slots with logprobs
+        self._biased: set[int] = set()  # slots with logit_bias
         self._rows: list[int] = []  # the slots that _gathered was made for
         self._gathered: dict[str, Any] = {}
         self._greedy = True  # no row of _gathered is drawn, so that offsets do not matter
@@ -52,6 +56,8 @@ class Sampler:
             self._held.add(slot)
         if params.logprobs is not None:
             self._reported.add(slot)
+        if params.logit_bias:
+            self._biased.add(slot)
         if penalties != (1.0, 0.0, 0.0):
             self._penalised.add(slot)
             self._count(new)
@@ -59,31 +65,39 @@ class Sampler:
     def release(self, slot: int) -> None:
         """The request of a slot is gone; a slot that is free already stays so."""
         self.params.pop(slot, None)
-        for slots in (self._drawn, self._penalised, self._held, self._reported):
+        for slots in (self._drawn, self._penalised, self._held, self._reported, self._biased):
             slots.discard(slot)
         self._rows = []
 
-    def sample(self, logits: Tensor, slots: list[int], num_outputs: list[int]) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    def sample(
+        self, logits: Tensor, slots: list[int], num_outputs: list[int], masks: Mapping[int, Sequence[bytes]] = NO_MASKS
+    ) -> tuple[list[int], dict[int, TokenLogprobs]]:
         """The next token of each row, and the log-probabilities of the slots that want them.
 
         Args:
             logits: [n, V] float32; changed in place.
             slots: the slot of each row.
             num_outputs: tokens each row has emitted.
+            masks: slot → for each of its rows the tokens that may be sampled, bit t % 8 of byte t // 8 for token t.
         """
-        if not (self._drawn or self._penalised or self._held or self._reported):
+        changed = bool(self._penalised or self._held or self._biased or masks)
+        if not (self._drawn or self._reported or changed):
             if logits.is_cuda:
                 return logits.argmax(-1).tolist(), {}
             return logits.numpy().argmax(-1).tolist(), {}  # several times as fast as torch's on a CPU
         if slots != self._rows:
             self._gather(slots)
         reported = [row for row, slot in enumerate(slots) if slot in self._reported] if self._reported else []
-        raw = logits.clone() if reported and (self._penalised or self._held) else logits
+        raw = logits.clone() if reported and changed else logits
         penalised = [row for row, slot in enumerate(slots) if slot in self._penalised] if self._penalised else []
         if penalised:
             self._penalise(logits, slots, penalised)
         if self._held:
             self._hold(logits, slots, num_outputs)
+        if self._biased:
+            self._bias(logits, slots)
+        if masks:
+            self._forbid(logits, slots, masks)
         offsets = self._any_offsets if self._greedy else torch.tensor(num_outputs, dtype=torch.int64).to(self.device)
         ids = sample(logits, offsets=offsets, **self._gathered)
         if penalised:
@@ -156,6 +170,24 @@ class Sampler:
                 rows += [row] * (len(tokens) - len(rows))
         if rows:
             logits[torch.tensor(rows, device=self.device), torch.tensor(tokens, device=self.device)] = -torch.inf
+
+    def _bias(self, logits: Tensor, slots: list[int]) -> None:
+        for row, slot in enumerate(slots):
+            if slot in self._biased:
+                tokens, values = zip(*self.params[slot].token_biases, strict=True)
+                index = torch.tensor(tokens, device=self.device)
+                logits[row].index_add_(0, index, torch.tensor(values, dtype=logits.dtype, device=self.device))
+
+    def _forbid(self, logits: Tensor, slots: list[int], masks: Mapping[int, Sequence[bytes]]) -> None:
+        """Minus infinity for the tokens that a mask leaves out."""
+        rows = [row for row, slot in enumerate(slots) if slot in masks]
+        left = {slot: iter(own) for slot, own in masks.items()}
+        words = torch.frombuffer(bytearray(b"".join(next(left[slots[row]]) for row in rows)), dtype=torch.uint8)
+        words = words.view(len(rows), -1).to(self.device)
+        bits = words[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=self.device) & 1
+        allowed = bits.flatten(1)[:, : self.vocab_size].bool()
+        where = torch.tensor(rows, device=self.device)
+        logits[where] = logits[where].masked_fill(~allowed, -torch.inf)
 
     def _report(self, logits: Tensor, ids: Tensor, slots: list[int], rows: list[int]) -> dict[int, TokenLogprobs]:
         """Log-probabilities of the model itself, before penalties and temperature."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from penstock.serve.config import SchedulerConfig
-from penstock.serve.outputs import FinishReason
+from penstock.serve.outputs import EngineStatistics, FinishReason
 from penstock.serve.pages import PageAllocator
 from penstock.serve.params import SamplingParams
 from penstock.serve.plan import SlotInit, StepPlan, StepResult, TokenLogprobs, Work
@@ -74,6 +74,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.num_preemptions = 0
+        self._prompt_tokens = self._output_tokens = 0
         self._arrivals = 0
         self.reset()
 
@@ -198,6 +199,8 @@ class Scheduler:
             self._running.append(request)
             request.slot = self._free_slots.popleft()
             new.append(self._slot_init(request))
+            if not request.was_preempted:
+                self._prompt_tokens += request.num_prompt
             work = self._work(request, count)
             in_flight.append((request, work))
             prefills.append(work)
@@ -296,6 +299,7 @@ class Scheduler:
 
     def _append(self, request: _Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         request.tokens.append(token_id)
+        self._output_tokens += 1
         params = request.params
         is_eos = token_id in request.eos_token_ids and not params.ignore_eos
         is_stop = (is_eos or token_id in params.stop_tokens) and request.num_output >= params.min_tokens
@@ -318,6 +322,18 @@ class Scheduler:
     @property
     def num_free_pages(self) -> int:
         return self._pages.num_free
+
+    def statistics(self) -> EngineStatistics:
+        """What was done since the scheduler was made, and how things are now."""
+        return EngineStatistics(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_pages=self.config.num_pages,
+            num_free_pages=self._pages.num_free,
+            num_preemptions=self.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=self._output_tokens,
+        )
 
     def _is_here(self, request: _Request) -> bool:
         return self._requests.get(request.request_id) is request

@@ -27,6 +27,7 @@ class Tokenizer:
             )
         self.hf_tokenizer = hf_tokenizer
         self.backend = hf_tokenizer.backend_tokenizer
+        self._token_texts: dict[int, str] = {}
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -41,6 +42,13 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids, bytes that form no character replaced by U+FFFD."""
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token, special or not; remembered, for log-probabilities ask for many."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self.decode([token_id], skip_special_tokens=False)
+        return text
 
     def render_chat(
         self,

@@ -72,7 +72,8 @@ def judge(name: str, got: Tensor, exact: Tensor, same_dtype: Tensor, tile: int |
         wrong = (got.cpu() != exact.cpu()).nonzero()
         assert len(wrong) == 0, f"{name}: {len(wrong)} integers differ, first at {wrong[0].tolist()}"
         return
-    got64, exact, same = got.detach().cpu().double(), exact.cpu().double(), same_dtype.cpu().double()
+    home = exact.device
+    got64, exact, same = got.detach().to(home).double(), exact.double(), same_dtype.to(home).double()
     special = ~exact.isfinite()
     agree = torch.where(exact.isnan(), got64.isnan(), got64 == exact)
     assert bool(agree[special].all()), f"{name}: infinities or NaNs are not where the reference has them"
@@ -260,7 +261,7 @@ def judge_result(name: str, op: Op, got: Tensor, expected: Expected) -> None:
     elif expected.single is not None:
         judge_codes(name, got, expected.exact, expected.same, expected.single)
     else:
-        judge(name, got, expected.exact, expected.same)
+        judge(name, got, expected.exact, expected.same, op.tile)
 
 
 def _bits(values: Tensor) -> Tensor:

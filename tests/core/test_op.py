@@ -101,6 +101,16 @@ def test_strides_and_dtype_are_part_of_the_signature():
     assert len(scaled_for_tests._picked) == count + 2
 
 
+def test_alignment_is_part_of_the_signature():
+    x = torch.randn(33)
+    scaled_for_tests(x[:32])
+    count = len(scaled_for_tests._picked)
+    scaled_for_tests(x[:32].clone())
+    assert len(scaled_for_tests._picked) == count
+    scaled_for_tests(x[1:])
+    assert len(scaled_for_tests._picked) == count + 1
+
+
 def test_a_schema_without_a_contract_argument_is_refused():
     def shortened_for_tests(x, *, out=None, impl="auto"):
         """y = x."""

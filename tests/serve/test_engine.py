@@ -43,6 +43,42 @@ def complete(engine, prompt="the wheel", **params):
     return run(engine)["a"][-1].outputs[0]
 
 
+def test_increments_hold_what_is_new():
+    """Together they are the whole, and a completion that got nothing is left out."""
+    whole, pieces = build(), build()
+    params = SamplingParams(n=3, seed=1, max_tokens=9, logprobs=1)
+    whole.add_request("a", "the wheel", params)
+    pieces.add_request("a", "the wheel", params, increments=True)
+    expected = run(whole)["a"][-1]
+    joined = {index: ("", [], []) for index in range(3)}
+    for output in run(pieces)["a"]:
+        assert output.outputs
+        for new in output.outputs:
+            assert new.token_ids or new.finished
+            text, token_ids, logprobs = joined[new.index]
+            joined[new.index] = text + new.text, token_ids + new.token_ids, logprobs + new.logprobs
+    assert joined == {each.index: (each.text, each.token_ids, each.logprobs) for each in expected.outputs}
+
+
+def test_statistics_count_what_was_done():
+    engine = build(num_pages=8, max_model_len=64)
+    for name in "abc":
+        engine.add_request(name, [1, 2, 3, 4, 5], SamplingParams(max_tokens=12))
+    assert (engine.statistics().num_waiting, engine.statistics().num_running) == (3, 0)
+    engine.step()
+    now = engine.statistics()
+    assert (now.num_running, now.num_pages, now.num_free_pages, now.output_tokens) == (3, 8, 2, 3)
+    run(engine)
+    done = engine.statistics()
+    assert (done.prompt_tokens, done.output_tokens, done.num_running, done.num_free_pages) == (15, 36, 0, 8)
+    assert done.num_preemptions == engine.scheduler.num_preemptions > 0
+
+
+def test_a_bias_beyond_the_vocabulary_is_refused():
+    with pytest.raises(InvalidPrompt, match="logit_bias: token id 320 is not in the vocabulary of 320"):
+        build().add_request("a", [1], SamplingParams(logit_bias={320: 1.0}))
+
+
 # Text
 
 

@@ -23,6 +23,8 @@ def test_normalisation():
     assert SamplingParams(stop=None, stop_token_ids=None).stop == ()
     assert SamplingParams(stop_token_ids=[3, 1]).stop_token_ids == (3, 1)
     assert SamplingParams(temperature=0).temperature == 0
+    assert SamplingParams(logit_bias={7: -100, 2: 0.5}).logit_bias == ((7, -100), (2, 0.5))
+    assert SamplingParams(logit_bias=None).logit_bias == ()
     assert SamplingParams(max_tokens=None, min_tokens=9).max_tokens is None
 
 
@@ -55,6 +57,13 @@ def test_normalisation():
         ("seed", 1.0),
         ("seed", True),
         ("seed", 2**63),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {"7": 1.0}),
+        ("logit_bias", {7: math.inf}),
+        ("logit_bias", [7]),
+        ("logit_bias", ((7,),)),
+        ("grammar", ""),
+        ("grammar", 5),
         ("stop", ""),
         ("stop", ["a", ""]),
         ("stop", ["a", 1]),

@@ -201,6 +201,21 @@ def test_penalties_are_those_of_each_row_and_survive_preemption():
     assert generate(runner, PROMPTS, GREEDY)[0] == plain
 
 
+def test_biases_are_those_of_each_row():
+    runner = make_runner()
+    plain, unbiased = generate(runner, PROMPTS, SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=1))
+    away = [
+        SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=1, logit_bias={tokens[0]: -100.0})
+        for tokens in plain
+    ]
+    forced = SamplingParams(temperature=1.0, max_tokens=6, ignore_eos=True, logit_bias={7: 100.0})
+    mixed, reported = generate(runner, PROMPTS, [away[0], forced, GREEDY, *away[3:]])
+    assert mixed[1] == [7] * 6 and mixed[2][:6] == plain[2]
+    for row in (0, 3, 4):
+        assert plain[row][0] not in mixed[row]
+        assert reported[row][0].token_ids == unbiased[row][0].token_ids  # what the model itself says
+
+
 def test_seeded_sampling_does_not_depend_on_the_batch():
     runner = make_runner()
     params = [

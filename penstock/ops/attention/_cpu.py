@@ -1,12 +1,13 @@
 """The CPU path: torch's fused attention where it can say what is asked, an explicit softmax where it cannot."""
 
 from collections.abc import Iterable, Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from penstock.ops.attention._reference import visible_keys
+from penstock.ops.attention._reference import FP8, allowed_pairs, visible_keys
 
 # Elements of float32 scores that the explicit softmax makes at once: 64 MiB.
 SCORES_AT_ONCE = 1 << 24
@@ -57,8 +58,12 @@ def attend_request(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    allowed: Tensor | None = None,
 ) -> None:
-    """One request of n queries [n, Hq, D] and m keys [m, Hkv, D], written to out [n, Hq, Dv]."""
+    """One request of n queries [n, Hq, D] and m keys [m, Hkv, D], written to out [n, Hq, Dv].
+
+    allowed: [Hq, n, m] bool, which pairs may meet at all.
+    """
     n, m = q.shape[0], k.shape[0]
     ahead = m - n
     if n == 0:
@@ -68,6 +73,12 @@ def attend_request(
         return
     first = max(0, ahead - left) if left >= 0 else 0
     k, v = k[first:], v[first:]
+    if allowed is not None:
+        meet = visible_keys(n, m, left, right, q.device)[:, first:] & allowed[..., first:]
+        # What nobody looks at may be NaN.
+        seen = meet.flatten(0, 1).any(0)[:, None, None]
+        _explicit(out, out_lse, q, k.where(seen, 0), v.where(seen, 0), meet, scale, softcap, sinks)
+        return
     unlimited = left < 0 or left >= m - 1
     sees_all = n == 1 or (unlimited and (right < 0 or right >= n - 1))
     plain = not softcap and sinks is None and out_lse is None
@@ -114,14 +125,17 @@ def attend_requests(
     window_right: int,
     softcap: float | None,
     sinks: Tensor | None,
+    *,
+    block_mask: Tensor | None = None,
 ) -> None:
     """Each request, given as (its rows of q, its k, its v), by itself; the rows after the last are padding."""
     right = 0 if causal else window_right
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     end = 0
-    for rows, k, v in requests:
+    for b, (rows, k, v) in enumerate(requests):
         lse = None if out_lse is None else out_lse[rows]
-        attend_request(out[rows], lse, q[rows], k, v, window_left, right, scale, softcap, sinks)
+        allowed = None if block_mask is None else allowed_pairs(block_mask[b], rows.stop - rows.start, k.shape[0])
+        attend_request(out[rows], lse, q[rows], k, v, window_left, right, scale, softcap, sinks, allowed)
         end = rows.stop
     if end < q.shape[0]:
         write_dead(out[end:], None if out_lse is None else out_lse[end:])
@@ -145,7 +159,10 @@ def _explicit(
     for start in range(0, n, step):
         rows = slice(start, min(n, start + step))
         part = q[rows].view(-1, Hkv, Hq // Hkv, D).permute(1, 2, 0, 3)[None]
-        result, lse = softmax_attention(part, keys, values, None if visible is None else visible[rows], scale, softcap, sinks)
+        seen = None if visible is None else visible[..., rows, :]
+        if seen is not None and seen.dim() == 3:
+            seen = seen.unflatten(0, (1, Hkv, Hq // Hkv))
+        result, lse = softmax_attention(part, keys, values, seen, scale, softcap, sinks)
         out[rows] = result[0].permute(2, 0, 1, 3).reshape(-1, Hq, v.shape[2])
         if out_lse is not None:
             out_lse[rows] = lse[0].permute(2, 0, 1).reshape(-1, Hq)
@@ -183,3 +200,39 @@ def paged_requests(
         # Masks count from the last key, so that keys may be missing at the front.
         k_len -= first * S
         yield rows, first_slots(k_cache, pages, k_len), first_slots(v_cache, pages, k_len)
+
+
+def fp8_requests(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    q_ends: list[int],
+    seqlens_k: Tensor,
+    left: int,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> tuple[Tensor, Iterator[tuple[slice, Tensor, Tensor]]]:
+    """q in float32, and (rows of q, k, v) of each request in float32: FP8 values times their scales."""
+
+    def requests() -> Iterator[tuple[slice, Tensor, Tensor]]:
+        # Pages are gathered as bytes, which torch can index.
+        stored = paged_requests(k_cache.view(torch.uint8), v_cache.view(torch.uint8), page_table, q_ends, seqlens_k, left)
+        k_scales: Iterator[Tensor | None] = repeat(_column(k_scale))
+        if k_scale is not None and k_scale.dim() == 3:
+            cache = k_scale[..., None]
+            k_scales = (scale for _, scale, _ in paged_requests(cache, cache, page_table, q_ends, seqlens_k, left))
+        for (rows, k, v), scale in zip(stored, k_scales, strict=False):
+            yield rows, _times(k, scale), _times(v, _column(v_scale))
+
+    return _times(q.view(torch.uint8), _column(q_scale)), requests()
+
+
+def _column(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale[..., None]
+
+
+def _times(stored: Tensor, scale: Tensor | None) -> Tensor:
+    values = stored.view(FP8).float()
+    return values if scale is None else values.mul_(scale)

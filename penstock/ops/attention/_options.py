@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.core.check import Contract
+from penstock.core.check import Contract, describe, short
+from penstock.ops.attention._reference import FP8, MASK_BLOCK
 
 MAX_HEAD_DIM = 256
 MAX_PAGE_SIZE = 256
@@ -41,11 +42,69 @@ def relate_heads(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str]) -> tup
     return None
 
 
+def relate_scales(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, q_scale: object, k_scale: object, v_scale: object
+) -> tuple[str, str] | None:
+    """What is wrong with the scales of FP8 values, or with the strides of the values' cache, as (argument, fault)."""
+    heads, kv_heads = q.shape[1], k_cache.shape[2]
+    scales = {
+        "q_scale": (q_scale, ([1], [heads], [q.shape[0], heads])),
+        "k_scale": (k_scale, ([1], [kv_heads], [*k_cache.shape[:3]])),
+        "v_scale": (v_scale, ([1], [kv_heads])),
+    }
+    # float64 values are those of FP8 in the reference's own check.
+    quantized = q.dtype in (FP8, torch.float64)
+    if not quantized and v_cache.stride(3) != 1 and v_cache.shape[3] > 1:
+        return "v_cache", f"must have stride 1 in its last dimension, got {v_cache.stride(3)}"
+    for name, (scale, shapes) in scales.items():
+        if scale is None:
+            continue
+        if not quantized:
+            return name, f"must be None for {short(q.dtype)} values, got {describe(scale)}"
+        wanted = "float32 " + " or ".join(map(str, shapes)) + f" on {q.device}"
+        if not isinstance(scale, Tensor) or [*scale.shape] not in shapes or scale.device != q.device:
+            return name, f"must be {wanted}, got {describe(scale)}"
+        if scale.dtype is not (torch.float64 if q.dtype is torch.float64 else torch.float32):
+            return name, f"must be {wanted}, got {describe(scale)}"
+    return None
+
+
+def relate_block_mask(
+    block_mask: Tensor | None, q: Tensor, seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> tuple[str, str] | None:
+    """What is wrong with a block mask, as (argument, fault)."""
+    if block_mask is None:
+        return None
+    blocks = [-(-length // MASK_BLOCK) for length in (max_seqlen_q, max_seqlen_k)]
+    wanted = [seqlens_k.shape[0], q.shape[1]]
+    if [*block_mask.shape[:2]] != wanted or any(have < need for have, need in zip(block_mask.shape[2:], blocks, strict=True)):
+        return "block_mask", f"must be {wanted + blocks} or have more blocks, got {[*block_mask.shape]}"
+    return None
+
+
 def page_size_reason(k_cache: Tensor) -> str | None:
     """Why no kernel reads pages of this size, or None."""
     size = k_cache.shape[1]
     if size & (size - 1) or not 1 <= size <= MAX_PAGE_SIZE:
         return f"page_size {size} is not a power of two from 1 to {MAX_PAGE_SIZE}"
+    return None
+
+
+def tma_reason(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, page_size: int) -> str | None:
+    """Why the Hopper kernel of prefill does not take the call, or None."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q is {short(q.dtype)}; the kernel multiplies float16 or bfloat16"
+    for name, size in (("q", q.shape[-1]), ("v", v.shape[-1])):
+        if size <= 32:
+            return f"the head dimension {size} of {name} would fill less than half of the kernel's narrowest tile, 64"
+    if page_size and (page_size & (page_size - 1) or not 16 <= page_size <= MAX_PAGE_SIZE):
+        return f"page_size {page_size} is not a power of two from 16 to {MAX_PAGE_SIZE}"
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+        if tensor is None:
+            continue
+        strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1][:-1]
+        if any(stride % 8 for stride in strides) or tensor.data_ptr() % 16:
+            return f"{name} does not start every row on a multiple of 16 bytes, as the tensor memory accelerator needs it"
     return None
 
 
@@ -82,4 +141,9 @@ def check_pages(contract: Contract, k_cache: Tensor, page_table: Tensor, seqlens
 
 def lse_dtype(q: Tensor) -> torch.dtype:
     """float32, or float64 for float64 inputs."""
-    return torch.promote_types(q.dtype, torch.float32)
+    return torch.float64 if q.dtype is torch.float64 else torch.float32
+
+
+def out_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of q, or bfloat16 where that is FP8."""
+    return torch.bfloat16 if q.dtype is FP8 else q.dtype

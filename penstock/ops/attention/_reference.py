@@ -5,6 +5,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+FP8 = torch.float8_e4m3fn
+# Queries and keys that one element of a block mask stands for.
+MASK_BLOCK = 128
+
 # (q [n, Hq, D], k [m, Hkv, D], v [m, Hkv, Dv], visible [n, m], scale, softcap, sinks) -> out [n, Hq, Dv], lse [n, Hq]
 Attend = Callable[..., tuple[Tensor, Tensor]]
 
@@ -24,9 +28,9 @@ def visible_keys(q_len: int, k_len: int, left: int, right: int, device: torch.de
 def exact(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One request, every step in float32, or float64 for float64 inputs."""
+    """One request, every step in float32, or float64 for float64 inputs; `visible` is [n, m] or [Hq, n, m]."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    seen = visible.any(0)[:, None, None]
+    seen = _seen(visible)
     group = q.shape[1] // k.shape[1]
     # Zero where nobody looks: 0 · NaN is NaN.
     k = torch.where(seen, k, 0).to(wide).repeat_interleave(group, 1)
@@ -39,7 +43,7 @@ def exact(
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(-1, scores.shape[1], 1)], -1)
     lse = scores.logsumexp(-1).masked_fill(dead, float("-inf"))
-    weights = torch.softmax(scores, -1)[:, :, : len(k)].masked_fill(dead[:, None], 0)
+    weights = torch.softmax(scores, -1)[:, :, : len(k)].masked_fill(dead[..., None], 0)
     return torch.einsum("hnm,mhd->nhd", weights, v), lse.T
 
 
@@ -47,7 +51,7 @@ def naive(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One request, scores and weights rounded to the inputs' dtype, as torch's math path does."""
-    seen = visible.any(0)[:, None, None]
+    seen = _seen(visible)
     group = q.shape[1] // k.shape[1]
     k = torch.where(seen, k, 0).repeat_interleave(group, 1).permute(1, 2, 0)
     v = torch.where(seen, v, 0).repeat_interleave(group, 1).transpose(0, 1)
@@ -57,11 +61,71 @@ def naive(
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
         column = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
-        scores = torch.cat([scores, column.masked_fill(~visible.any(-1)[:, None], float("-inf"))], -1)
+        scores = torch.cat([scores, column.masked_fill(~visible.any(-1)[..., None], float("-inf"))], -1)
         v = torch.cat([v, v.new_zeros(v.shape[0], 1, v.shape[2])], 1)
     lse = scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
     weights = torch.softmax(scores, -1).masked_fill((lse == float("-inf"))[:, :, None], 0)
     return (weights @ v).transpose(0, 1), lse.T
+
+
+def narrow_weights(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One request of dequantised FP8 values, rounded where a Hopper tensor core rounds FP8.
+
+    Products are added with 13 fractional bits below the largest of them (arXiv:2412.19437, section 3.5.2), and weights are
+    stored as e4m3(256 · exp(score - highest score)).
+    """
+    group = q.shape[1] // k.shape[1]
+    seen = _seen(visible)
+    k = torch.where(seen, k, 0).repeat_interleave(group, 1)
+    v = torch.where(seen, v, 0).repeat_interleave(group, 1)
+    largest = q.abs().amax(-1).T[:, :, None] * k.abs().amax(-1).T[:, None, :]
+    step = torch.exp2(torch.floor(torch.log2(largest.clamp(min=torch.finfo(largest.dtype).tiny))) - 13)
+    scores = torch.trunc(torch.einsum("nhd,mhd->hnm", q, k) / step) * step
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    highest = scores.amax(-1, keepdim=True) if len(k) else scores.new_full((*scores.shape[:2], 1), float("-inf"))
+    dead = highest == float("-inf")
+    weights = torch.exp(scores - highest.masked_fill(dead, 0))
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks.to(total.dtype)[:, None, None] - highest.masked_fill(dead, 0))
+    lse = (highest + total.log()).masked_fill(dead, float("-inf"))[..., 0]
+    stored = (256 * weights).to(FP8).to(v.dtype) / 256
+    out = torch.einsum("hnm,mhd->nhd", stored / total.masked_fill(dead, 1), v)
+    return out.masked_fill(dead[..., 0].T[:, :, None], 0), lse.T
+
+
+def _seen(visible: Tensor) -> Tensor:
+    """[m, 1, 1] bool: the keys that some query of some head sees."""
+    return visible.flatten(0, -2).any(0)[:, None, None]
+
+
+def allowed_pairs(block_mask: Tensor, q_len: int, k_len: int) -> Tensor:
+    """[Hq, q_len, k_len] bool of one request, from its block mask [Hq, query blocks, key blocks]."""
+    rows = torch.arange(q_len, device=block_mask.device) // MASK_BLOCK
+    keys = torch.arange(k_len, device=block_mask.device) // MASK_BLOCK
+    return block_mask[:, rows[:, None], keys[None, :]] != 0
+
+
+def dequantized(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """FP8 values times their scales, in float32 (float64 where they are kept in it); others as they are."""
+    if q.dtype is not FP8 and q_scale is None and k_scale is None and v_scale is None:
+        return q, k_cache, v_cache
+    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
+    pairs = ((q, q_scale), (k_cache, k_scale), (v_cache, v_scale))
+    q, k_cache, v_cache = (x.to(wide) if scale is None else x.to(wide) * scale.to(wide)[..., None] for x, scale in pairs)
+    return q, k_cache, v_cache
 
 
 def over_requests(
@@ -75,16 +139,25 @@ def over_requests(
     window_right: int,
     softcap: float | None,
     sinks: Tensor | None,
+    *,
+    block_mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Applies `attend` to each request, given as (its rows of q, its k, its v); rows of no request are zero, -inf."""
+    """Applies `attend` to each request, given as (its rows of q, its k, its v); rows of no request are zero, -inf.
+
+    The result is of `dtype`, by default that of q.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
-    out = torch.zeros(*q.shape[:2], Dv, dtype=q.dtype, device=q.device)
+    out = torch.zeros(*q.shape[:2], Dv, dtype=dtype or q.dtype, device=q.device)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=wide, device=q.device)
     right = 0 if causal else window_right
-    for rows, k, v in requests:
-        visible = visible_keys(rows.stop - rows.start, k.shape[0], window_left, right, q.device)
+    for b, (rows, k, v) in enumerate(requests):
+        q_len, k_len = rows.stop - rows.start, k.shape[0]
+        visible = visible_keys(q_len, k_len, window_left, right, q.device)
+        if block_mask is not None:
+            visible = visible & allowed_pairs(block_mask[b], q_len, k_len)
         result, logs = attend(q[rows], k, v, visible, scale, softcap, sinks)
-        out[rows], lse[rows] = result.to(q.dtype), logs.to(wide)
+        out[rows], lse[rows] = result.to(out.dtype), logs.to(wide)
     return out, lse
 
 

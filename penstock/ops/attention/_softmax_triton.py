@@ -1,7 +1,9 @@
 """Device functions that the attention kernels share: softcap, one step of the online softmax, its end, addresses of keys."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
@@ -10,6 +12,26 @@ LN2 = tl.constexpr(0.6931471805599453)
 def page_kind(page_size: int) -> str:
     """What a table of launch configs tells apart: no pages, pages within a block of keys, or a block within a page."""
     return "none" if page_size == 0 else "small" if page_size < 64 else "large"
+
+
+Scales = tuple[tuple[Tensor | None, ...], tuple[int, ...]]
+# (q, k, v scales), (q token, q head, k page, k slot, k head, v head strides)
+NO_SCALES: Scales = (None, None, None), (0,) * 6
+
+
+def fp8_scales(q: Tensor, q_scale: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None) -> Scales:
+    """The scales of FP8 values with their strides, as in NO_SCALES; 1 where there is none."""
+
+    def given(scale: Tensor | None) -> Tensor:
+        return q.new_ones(1, dtype=torch.float32) if scale is None else scale
+
+    def by_head(scale: Tensor) -> int:
+        return 0 if scale.shape[0] == 1 else scale.stride(0)
+
+    q_scale, k_scale, v_scale = given(q_scale), given(k_scale), given(v_scale)
+    q_strides = q_scale.stride() if q_scale.dim() == 2 else (0, by_head(q_scale))
+    k_strides = k_scale.stride() if k_scale.dim() == 3 else (0, 0, by_head(k_scale))
+    return (q_scale, k_scale, v_scale), (*q_strides, *k_strides, by_head(v_scale))
 
 
 @triton.jit
@@ -25,16 +47,17 @@ def tanh(x):
 
 
 @triton.jit
-def rescale(s, m, score_scale, MASKED: tl.constexpr):
+def rescale(s, m, score_scale, MASKED: tl.constexpr, LIFT: tl.constexpr):
     """(weights of the scores s, factor of what was summed before, new maximum), in base 2 against the running maximum.
 
-    MASKED: a row may have seen nothing yet; -inf - -inf is kept away.
+    score_scale: of each row. MASKED: a row may have seen nothing yet; -inf - -inf is kept away. The weights are 2^LIFT times
+    themselves, which the sum of weights cancels: FP8 stores them with LIFT = 8.
     """
     m_new = tl.maximum(m, tl.max(s, 1) * score_scale)
     base = m_new
     if MASKED:
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s * score_scale - base[:, None])
+    p = tl.exp2(s * score_scale[:, None] - (base - LIFT)[:, None])
     alpha = tl.exp2(m - base)
     return p, alpha, m_new
 

@@ -1,46 +1,51 @@
 """out = softmax(softcap(q · kᵀ · scale) + mask) · v for the newest one to eight tokens of each request."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from penstock.core.cases import Case, Cost
-from penstock.core.check import DENSE, FLOATS, INDICES, boolean, optional, positive
+from penstock.core.check import DENSE, FLOATS, INDICES, Contract, anything, boolean, optional, positive
 from penstock.core.op import op
-from penstock.ops.attention import _cases, _options, _reference
+from penstock.ops.attention import _cases, _cpu, _options, _reference
+from penstock.ops.attention._reference import FP8
 from penstock.ops.attention.decode_plan import DecodePlan
 
 MAX_Q_LEN = 8
 
 
-def _few(value: object) -> str | None:
+def few(value: object) -> str | None:
+    """A count of tokens that decode takes."""
     good = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_Q_LEN
     return None if good else f"an integer from 1 to {MAX_Q_LEN}"
 
 
 SPEC = {
-    "q": ("Tq Hq D", FLOATS, DENSE),
+    "q": ("Tq Hq D", (*FLOATS, FP8), DENSE),
     "k_cache": ("P S Hkv D", "q", DENSE),
-    "v_cache": ("P S Hkv Dv", "q", DENSE),
+    "v_cache": ("P S Hkv Dv", "q"),
     "page_table": ("B max_pages", INDICES, DENSE),
     "seqlens_k": ("B", INDICES, DENSE),
-    "q_len": _few,
+    "q_len": few,
     "causal": boolean,
     "scale": optional(positive),
     "window_left": _options.window_size,
     "window_right": _options.window_size,
     "softcap": _options.softcap_value,
-    "sinks?": ("Hq", ("q", torch.float32), DENSE),
-    "out?": ("Tq Hq Dv", "q", DENSE),
+    "sinks?": ("Hq", FLOATS, DENSE),
+    "q_scale": anything,
+    "k_scale": anything,
+    "v_scale": anything,
+    "out?": ("Tq Hq Dv", FLOATS, DENSE),
 }
 
 
 @op(
     "(Tensor(a!) out, Tensor(b!)? out_lse, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seqlens_k,"
     " int q_len, bool causal, float? scale, int window_left, int window_right, float? softcap, Tensor? sinks,"
-    " Tensor[]? plan) -> ()",
+    " Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, Tensor[]? plan) -> ()",
     SPEC,
 )
 def attention_decode(
@@ -57,6 +62,9 @@ def attention_decode(
     window: tuple[int, int] = (-1, -1),
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
     impl: str = "auto",
@@ -64,10 +72,11 @@ def attention_decode(
     """Attention of each request's last q_len tokens over its keys in a paged cache.
 
     Args:
-        q: [B · q_len, Hq, D] float16, bfloat16, float32 or float64 (CPU); D up to 256; a request's rows are consecutive.
+        q: [B · q_len, Hq, D] float16, bfloat16, float32, float64 (CPU) or float8_e4m3fn; D up to 256; a request's rows are
+            consecutive.
         k_cache: [P, S, Hkv, D] in q.dtype; NHD or HND by strides; Hq a multiple of Hkv; kernels take S a power of two up
             to 256.
-        v_cache: [P, S, Hkv, Dv] in q.dtype; Dv up to 256.
+        v_cache: [P, S, Hkv, Dv] in q.dtype; Dv up to 256; FP8 values may be transposed inside their pages.
         page_table: [B, max_pages] int32; entries past a request's last page may hold anything.
         seqlens_k: [B] int32, each request's keys, those of its q_len tokens included; 0 for a padding row.
         q_len: tokens of each request, 1 to 8.
@@ -77,29 +86,36 @@ def attention_decode(
         window: how many keys to the left and right of its own a query sees; -1 for all.
         softcap: scores become softcap · tanh(score / softcap) before the mask; None or 0 for none.
         sinks: [Hq] in q.dtype or float32, a logit per head added to the denominator.
+        q_scale: of FP8 queries, float32: [1], [Hq], or [B · q_len, Hq] for each token and head; 1 by default.
+        k_scale: of FP8 keys, float32: [1], [Hkv], or [P, S, Hkv] for each token and head; 1 by default.
+        v_scale: of FP8 values, float32: [1] or [Hkv]; 1 by default.
         return_lse: also return the log-sum-exp.
-        out: [B · q_len, Hq, Dv] in q.dtype.
+        out: [B · q_len, Hq, Dv] in q.dtype; for FP8 queries bfloat16, float16 or float32.
         impl: "auto", "triton", "cpu" or "reference".
-    Returns: out [B · q_len, Hq, Dv] in q.dtype; with return_lse also lse [B · q_len, Hq] float32 (float64 for float64
-        inputs), the natural logarithm of the denominator. Where no key is visible out is 0 and lse is -inf.
+    FP8 queries and keys are multiplied as they are; a weight exp(s - m) is stored as e4m3(256 · exp(s - m)) against the running
+    maximum m, and the denominator sums what is not rounded.
+
+    Returns: out [B · q_len, Hq, Dv] in q.dtype, or bfloat16 for FP8 queries; with return_lse also lse [B · q_len, Hq] float32
+        (float64 for float64 inputs), the natural logarithm of the denominator. Where no key is visible out is 0 and lse is
+        -inf.
     Raises: ContractError when shapes, dtypes or options disagree; NotSupported when no implementation takes the call.
     Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Kwon et al., arXiv:2309.06180 (paged KV cache).
     """
     left, right = _options.split_window(attention_decode.contract, window)
-    options = (q_len, causal, scale, left, right, softcap, sinks)
+    options = (q_len, causal, scale, left, right, softcap, sinks, q_scale, k_scale, v_scale)
     launch = attention_decode.pick(impl, q, k_cache, v_cache, page_table, seqlens_k, *options, out)
     if plan is not None:
-        _check_plan(plan, seqlens_k)
+        check_plan(attention_decode.contract, plan, seqlens_k)
     if out is None:
-        out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
+        out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3], dtype=_options.out_dtype(q))
     out_lse = q.new_empty(q.shape[:2], dtype=_options.lse_dtype(q)) if return_lse else None
     launch(out, out_lse, q, k_cache, v_cache, page_table, seqlens_k, *options, plan)
     return out if out_lse is None else (out, out_lse)
 
 
-def _check_plan(plan: DecodePlan, seqlens_k: Tensor) -> None:
+def check_plan(contract: Contract, plan: DecodePlan, seqlens_k: Tensor) -> None:
     """ContractError unless the plan is one for as many requests, on their device; its values are not read."""
-    B, contract = seqlens_k.shape[0], attention_decode.contract
+    B = seqlens_k.shape[0]
     if not isinstance(plan, (tuple, list)) or len(plan) != 3 or not all(isinstance(part, Tensor) for part in plan):
         raise contract.error("plan", f"must be what attention_decode_plan returned, got {type(plan).__name__}", {})
     sizes = [part.numel() for part in plan]
@@ -111,11 +127,20 @@ def _check_plan(plan: DecodePlan, seqlens_k: Tensor) -> None:
 
 @attention_decode.relation
 def _relation(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seqlens_k: Tensor, q_len: int, **others: object
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens_k: Tensor,
+    q_len: int,
+    q_scale: object,
+    k_scale: object,
+    v_scale: object,
+    **others: object,
 ) -> tuple[str, str] | None:
     if q.shape[0] != seqlens_k.shape[0] * q_len:
         return "q", f"must have B·q_len = {seqlens_k.shape[0]}·{q_len} rows, got {q.shape[0]}"
-    return _options.relate_heads(q, k_cache, v_cache, ("k_cache", "v_cache"))
+    heads = _options.relate_heads(q, k_cache, v_cache, ("k_cache", "v_cache"))
+    return heads or _options.relate_scales(q, k_cache, v_cache, q_scale, k_scale, v_scale)
 
 
 @attention_decode.check_values
@@ -124,38 +149,30 @@ def _check_values(q: Tensor, k_cache: Tensor, page_table: Tensor, seqlens_k: Ten
     _options.check_pages(attention_decode.contract, k_cache, page_table, seqlens_k, named)
 
 
-def _over_requests(attend: _reference.Attend, q, k_cache, v_cache, page_table, seqlens_k, q_len, options):
-    ends = [b * q_len for b in range(seqlens_k.shape[0] + 1)]
-    requests = _reference.paged_requests(k_cache, v_cache, page_table, ends, seqlens_k)
-    return _reference.over_requests(attend, q, requests, v_cache.shape[3], *options)
+def _definition(exact: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    def path(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        page_table: Tensor,
+        seqlens_k: Tensor,
+        q_len: int,
+        *options_and_plan: Any,
+    ) -> tuple[Tensor, Tensor]:
+        *options, q_scale, k_scale, v_scale, _ = options_and_plan
+        rounded = _reference.narrow_weights if q.dtype is FP8 else _reference.naive
+        dtype = _options.out_dtype(q)
+        q, k_cache, v_cache = _reference.dequantized(q, k_cache, v_cache, q_scale, k_scale, v_scale)
+        ends = [b * q_len for b in range(seqlens_k.shape[0] + 1)]
+        requests = _reference.paged_requests(k_cache, v_cache, page_table, ends, seqlens_k)
+        attend = _reference.exact if exact else rounded
+        return _reference.over_requests(attend, q, requests, v_cache.shape[3], *options, dtype=dtype)
+
+    return path
 
 
-@attention_decode.reference
-def _reference_path(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seqlens_k: Tensor,
-    q_len: int,
-    *options_and_plan: Any,
-) -> tuple[Tensor, Tensor]:
-    *options, _ = options_and_plan
-    return _over_requests(_reference.exact, q, k_cache, v_cache, page_table, seqlens_k, q_len, options)
-
-
-@attention_decode.baseline
-def _baseline(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seqlens_k: Tensor,
-    q_len: int,
-    *options_and_plan: Any,
-) -> tuple[Tensor, Tensor]:
-    *options, _ = options_and_plan
-    return _over_requests(_reference.naive, q, k_cache, v_cache, page_table, seqlens_k, q_len, options)
+attention_decode.reference(_definition(exact=True))
+attention_decode.baseline(_definition(exact=False))
 
 
 def _supports(k_cache: Tensor, **others: object) -> str | None:
@@ -193,7 +210,13 @@ def _cpu_path(
 ) -> None:
     from penstock.ops.attention.decode_cpu import attend
 
-    *options, _ = options_and_plan
+    *options, q_scale, k_scale, v_scale, _ = options_and_plan
+    if q.dtype is FP8:
+        ends = [b * q_len for b in range(seqlens_k.shape[0] + 1)]
+        caches, scales = (k_cache, v_cache), (q_scale, k_scale, v_scale)
+        q, requests = _cpu.fp8_requests(q, *caches, page_table, ends, seqlens_k, options[2], *scales)
+        _cpu.attend_requests(out, out_lse, q, requests, *options)
+        return
     attend(out, out_lse, q, k_cache, v_cache, page_table, seqlens_k, q_len, *options)
 
 
@@ -222,6 +245,11 @@ def cases() -> Iterable[Case]:
     yield case("ragged_window_q_len_3", [150, 3, 300], 2, 1, 64, window=(20, -1), q_len=3)
     yield case("ragged_non_causal_q_len_2", [150, 1, 64], 2, 1, 64, causal=False, q_len=2)
     yield case("softcap_sinks", [150, 0, 64, 7], 4, 2, 64, softcap=5.0, with_sinks=True, return_lse=True)
+    yield case("ragged_fp8", mixed, 4, 2, 64, dtype=FP8, with_scales="static", return_lse=True)
+    fp8: dict[str, Any] = {"dtype": FP8, "with_scales": "token", "transposed": True}
+    yield case("ragged_fp8_token_transposed", mixed, 8, 1, 128, page_size=64, **fp8, return_lse=True)
+    yield case("ragged_fp8_q_len_3", [150, 3, 300], 6, 2, 64, q_len=3, window=(120, -1), softcap=5.0, with_sinks=True, **fp8)
+    yield case("fp8_head_dim_192_128", [40, 130], 2, 2, 192, Dv=128, dtype=FP8)
     yield case("head_dim_80", mixed, 2, 1, 80)
     yield case("head_dim_192_128", [40, 130], 2, 2, 192, Dv=128)
     yield case("head_dim_256", [40, 130], 4, 1, 256)
@@ -240,3 +268,4 @@ def cases() -> Iterable[Case]:
     for name, seqlens in batches.items():
         for Hq, Hkv in ((8, 1), (32, 8), (64, 8)):
             yield case(f"{name}_{Hq}_{Hkv}_d128", seqlens, Hq, Hkv, 128, page_size=64, bench=True)
+            yield case(f"{name}_{Hq}_{Hkv}_d128_fp8", seqlens, Hq, Hkv, 128, page_size=64, bench=True, **fp8)

@@ -20,8 +20,10 @@ MAX_ROWS = 64
 LEAD = 2
 # Fewest units of a program: a long request alone is cut into half as many pieces, which are summed one after another.
 SHARE = 2
-# The decode kernel's registers and shared memory leave room for two programs on a multiprocessor.
+# The decode kernel's registers and shared memory leave room for two programs on a multiprocessor, up to this head dimension;
+# a program of MLA fills one.
 PROGRAMS_PER_SM = 2
+WIDEST_OF_TWO = 256
 
 
 class DecodePlan(NamedTuple):
@@ -102,7 +104,7 @@ def attention_decode_plan(
     plan = DecodePlan(
         seqlens_k.new_empty(B + 1),
         seqlens_k.new_empty(B),
-        seqlens_k.new_empty(num_programs(seqlens_k.device, num_heads_q, num_heads_kv, q_len)),
+        seqlens_k.new_empty(num_programs(seqlens_k.device, num_heads_q, num_heads_kv, head_dim, q_len)),
     )
     launch(*plan, seqlens_k, *options)
     return plan
@@ -113,10 +115,11 @@ def row_blocks(rows: int) -> int:
     return -(-rows // MAX_ROWS)
 
 
-def num_programs(device: torch.device, num_heads_q: int, num_heads_kv: int, q_len: int) -> int:
+def num_programs(device: torch.device, num_heads_q: int, num_heads_kv: int, head_dim: int, q_len: int) -> int:
     """Programs for each KV head and block of query rows, so that all together fill the device once."""
     side = num_heads_kv * row_blocks(num_heads_q // num_heads_kv * q_len)
-    return max(1, PROGRAMS_PER_SM * num_sms(device) // side)
+    per_sm = PROGRAMS_PER_SM if head_dim <= WIDEST_OF_TWO else 1
+    return max(1, per_sm * num_sms(device) // side)
 
 
 @attention_decode_plan.relation
@@ -137,7 +140,7 @@ def _reference(
     unit_end = torch.where(tiles > 0, tiles + LEAD, 0).cumsum(0)
     unit_start = torch.cat([unit_end.new_zeros(1), unit_end])
     total = int(unit_start[-1])
-    C = num_programs(seqlens_k.device, num_heads_q, num_heads_kv, q_len)
+    C = num_programs(seqlens_k.device, num_heads_q, num_heads_kv, head_dim, q_len)
     working = min(C, -(-total // SHARE))
     starts = torch.arange(C, device=seqlens_k.device) * total // max(working, 1)
     first_request = torch.searchsorted(unit_end, starts, right=True)

@@ -13,11 +13,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from penstock.core.device import has_dependent_launch, num_sms
+from penstock.core.device import has_dependent_launch
 from penstock.core.tuning import tuned
-from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, page_kind, pages_of, rows_at, tanh
+from penstock.ops.attention._combine_triton import combine
+from penstock.ops.attention._softmax_triton import (
+    LN2,
+    LOG2E,
+    NO_SCALES,
+    finish,
+    fp8_scales,
+    page_kind,
+    pages_of,
+    rescale,
+    rows_at,
+    tanh,
+)
 from penstock.ops.attention.decode_plan import LEAD, MAX_ROWS, SHARE, TILE, attention_decode_plan, row_blocks
 
 # Up to this many keys a request is one program's work: a schedule and a second kernel would cost more than they spread.
@@ -71,6 +83,7 @@ def _walk(
     k_slot,
     v_page,
     v_slot,
+    v_column,
     own,
     k_len,
     low,
@@ -78,12 +91,17 @@ def _walk(
     right,
     cap_scale,
     score_scale,
+    k_scale_base,
+    k_scale_page,
+    k_scale_slot,
     first,
     last,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     ROWS_DIFFER: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    FP8: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -109,13 +127,18 @@ def _walk(
         if HAS_LEFT:
             inside = inside & (keys >= low)
         k_at = rows_at(k_base, pages, block, k_page, k_slot, PAGE_SIZE, BLOCK_N) + columns
-        v_at = rows_at(v_base, pages, block, v_page, v_slot, PAGE_SIZE, BLOCK_N) + v_columns
+        v_at = rows_at(v_base, pages, block, v_page, v_slot, PAGE_SIZE, BLOCK_N) + v_columns * v_column
+        if TOKEN_SCALES:
+            k_scale_at = rows_at(k_scale_base, pages, block, k_scale_page, k_scale_slot, PAGE_SIZE, BLOCK_N)
+            k_scales = tl.load(k_scale_at, inside[:, None], other=1.0)
         pages = pages_of(table, block + 1, k_stop, PAGE_SIZE, BLOCK_N)
         k = tl.load(k_at, inside[:, None] & (columns < D), other=0.0)
         v = tl.load(v_at, inside[:, None] & (v_columns < DV), other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if TOKEN_SCALES:
+            s = s * tl.trans(k_scales)
         if HAS_CAP:
-            s = tanh(s * cap_scale)
+            s = tanh(s * cap_scale[:, None])
         visible = inside[None, :]
         if ROWS_DIFFER:
             if HAS_LEFT:
@@ -123,11 +146,7 @@ def _walk(
             if HAS_RIGHT:
                 visible = visible & (keys[None, :] <= (own + right)[:, None])
         s = tl.where(visible, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * score_scale)
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s * score_scale - base[:, None])
-        alpha = tl.exp2(m - base)
-        m = m_new
+        p, alpha, m = rescale(s, m, score_scale, True, 8.0 if FP8 else 0.0)
         weights = weights * alpha[:, None] + p
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, m, tl.sum(weights, 1)
@@ -145,6 +164,9 @@ def _decode_kernel(
     table_ptr,
     seqlens_ptr,
     sinks_ptr,
+    q_scale_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     unit_start_ptr,
     first_tile_ptr,
     first_request_ptr,
@@ -158,6 +180,13 @@ def _decode_kernel(
     v_page,
     v_slot,
     v_head,
+    v_column,
+    q_scale_token,
+    q_scale_head,
+    k_scale_page,
+    k_scale_slot,
+    k_scale_head,
+    v_scale_head,
     table_row,
     num_requests,
     left,
@@ -173,6 +202,8 @@ def _decode_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    FP8: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     LEAD: tl.constexpr,
     SHARE: tl.constexpr,
@@ -203,6 +234,17 @@ def _decode_kernel(
     sink = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + heads, exists, other=0.0).to(tl.float32) * 1.4426950408889634
+
+    k_scale_base = k_scale_ptr
+    kv_scale = 1.0
+    v_lift = 1.0
+    if FP8:
+        if TOKEN_SCALES:
+            k_scale_base = k_scale_ptr + kv_head.to(tl.int64) * k_scale_head
+        else:
+            kv_scale = tl.load(k_scale_ptr + kv_head * k_scale_head)
+        # The weights are lifted by 2^8.
+        v_lift = tl.load(v_scale_ptr + kv_head * v_scale_head) * 0.00390625
 
     if DIRECT:
         request = program
@@ -243,9 +285,22 @@ def _decode_kernel(
             q = tl.load(q_at, exists[:, None] & (columns < D), other=0.0)
             own = rows // GROUP + (k_len - Q_LEN)
             table = table_ptr + request.to(tl.int64) * table_row
-            acc, m, l = _walk(q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, k_len, low, left, right, cap_scale,
-                              score_scale, first, last, HAS_LEFT, HAS_RIGHT, Q_LEN > 1, HAS_CAP, PAGE_SIZE, BLOCK_M, BLOCK_N,
-                              D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
+            score_scales = tl.full([BLOCK_M], 1.0, tl.float32) * score_scale
+            cap_scales = tl.full([BLOCK_M], 1.0, tl.float32) * cap_scale
+            if FP8:
+                q_scale_at = q_scale_ptr + tokens * q_scale_token + heads * q_scale_head
+                row_scales = tl.load(q_scale_at, exists, other=1.0) * kv_scale
+                if HAS_CAP:
+                    cap_scales *= row_scales
+                else:
+                    score_scales *= row_scales
+            acc, m, l = _walk(q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, v_column, own, k_len, low, left, right,
+                              cap_scales, score_scales, k_scale_base, k_scale_page, k_scale_slot, first, last, HAS_LEFT,
+                              HAS_RIGHT, Q_LEN > 1, HAS_CAP, FP8, TOKEN_SCALES, PAGE_SIZE, BLOCK_M, BLOCK_N, D, DV, BLOCK_D,
+                              BLOCK_DV, PRECISION)  # fmt: skip
+            if FP8:
+                l = l * 0.00390625
+                acc = acc * v_lift
             if (start == begin) & (stop == request_end):
                 acc, lse = finish(acc, m, l, sink, HAS_SINKS)
                 at = out_ptr + (tokens * out_token + heads * out_head)[:, None] + v_columns
@@ -260,83 +315,6 @@ def _decode_kernel(
                 tl.store(part_lse_ptr + piece, lse, exists)
         unit = stop
         request += 1
-
-
-@triton.jit(do_not_specialize=["num_requests", "C"])
-def _combine_kernel(
-    out_ptr,
-    lse_ptr,
-    part_ptr,
-    part_lse_ptr,
-    sinks_ptr,
-    unit_start_ptr,
-    out_token,
-    out_head,
-    num_requests,
-    C,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    Q_LEN: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    LEAD: tl.constexpr,
-    SHARE: tl.constexpr,
-    PIECES: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    request = tl.program_id(0) // Q_LEN
-    begin = tl.load(unit_start_ptr + request)
-    end = tl.load(unit_start_ptr + request + 1)
-    total = tl.load(unit_start_ptr + num_requests)
-    working = tl.maximum(tl.minimum(C, tl.cdiv(total, SHARE)), 1).to(tl.int64)
-    divisor = tl.maximum(total, 1)
-    # The program whose run holds unit u is the last c with c · total // working <= u.
-    first = (((begin + LEAD + 1) * working - 1) // divisor).to(tl.int32)
-    last = ((end * working - 1) // divisor).to(tl.int32)
-    if EARLY:
-        # Before any exit: a kernel after this one must find the first one finished.
-        gdc_wait()
-    if (end > begin) & (first == last):
-        return
-    columns = tl.arange(0, BLOCK_DV)
-    row = (tl.program_id(0) % Q_LEN) * GROUP + head % GROUP
-    acc = tl.zeros([BLOCK_DV], tl.float32)
-    m = float("-inf")
-    l = 0.0
-    if end > begin:
-        for start in tl.range(first, last + 1, PIECES):
-            programs = start + tl.arange(0, PIECES)
-            exists = programs <= last
-            slots = 2 * programs + (programs == first).to(tl.int32)
-            piece = (slots * KV_HEADS + head // GROUP).to(tl.int64) * (GROUP * Q_LEN) + row
-            lse = tl.load(part_lse_ptr + piece, exists, other=float("-inf"))
-            part = tl.load(
-                part_ptr + piece[:, None] * DV + columns[None, :], exists[:, None] & (columns < DV)[None, :], other=0.0
-            )
-            m_new = tl.maximum(m, tl.max(lse, 0))
-            base = tl.where(m_new == float("-inf"), 0.0, m_new)
-            weights = tl.exp2(lse - base)
-            alpha = tl.exp2(m - base)
-            l = l * alpha + tl.sum(weights, 0)
-            acc = acc * alpha + tl.sum(weights[:, None] * part, 0)
-            m = m_new
-    dead = m == float("-inf")
-    if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
-        highest = tl.maximum(m, sink)
-        shrink = tl.exp2(m - highest)
-        l = l * shrink + tl.exp2(sink - highest)
-        acc = acc * shrink
-        m = tl.where(dead, m, highest)
-    l = tl.where(dead, 1.0, l)
-    tl.store(out_ptr + token * out_token + head * out_head + columns, (acc / l).to(out_ptr.dtype.element_ty), columns < DV)
-    if HAS_LSE:
-        lse = tl.where(dead, float("-inf"), (m + tl.log2(l)) * LN2)
-        tl.store(lse_ptr + token * (KV_HEADS * GROUP) + head, lse)
 
 
 def launch(
@@ -354,6 +332,9 @@ def launch(
     window_right: int,
     softcap: float | None,
     sinks: Tensor | None,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     plan: tuple[Tensor, Tensor, Tensor] | None,
 ) -> None:
     """Launches over KV heads, the plan's programs and blocks of rows, then the sum of pieces over tokens and heads."""
@@ -382,6 +363,8 @@ def launch(
         programs = first_request.shape[0]
         part = q.new_empty(2 * programs, Hkv, rows, Dv, dtype=torch.float32)
         part_lse = q.new_empty(2 * programs, Hkv, rows, dtype=torch.float32)
+    fp8 = q.dtype is torch.float8_e4m3fn
+    scales = fp8_scales(q, q_scale, k_scale, v_scale) if fp8 else NO_SCALES
     sink_values = q if sinks is None else sinks
     flags = {"HAS_LSE": out_lse is not None, "HAS_SINKS": sinks is not None}
     shape = {"KV_HEADS": Hkv, "GROUP": group, "Q_LEN": q_len, "DV": Dv, "BLOCK_DV": max(16, triton.next_power_of_2(Dv))}
@@ -398,13 +381,15 @@ def launch(
         page_table,
         seqlens_k,
         sink_values,
+        *(scale if scale is not None else q for scale in scales[0]),
         unit_start,
         first_tile,
         first_request,
         *out.stride()[:2],
         *q.stride()[:2],
         *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
+        *v_cache.stride(),
+        *scales[1],
         page_table.stride(0),
         B,
         window_left,
@@ -415,6 +400,8 @@ def launch(
         HAS_LEFT=window_left >= 0,
         HAS_RIGHT=right >= 0,
         HAS_CAP=bool(softcap),
+        FP8=fp8,
+        TOKEN_SCALES=k_scale is not None and k_scale.dim() == 3,
         PAGE_SIZE=page_size,
         LEAD=LEAD,
         SHARE=SHARE,
@@ -422,7 +409,7 @@ def launch(
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         D=D,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        BLOCK_D=max(32 if fp8 else 16, triton.next_power_of_2(D)),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         EARLY=early and not direct,
         **shape,
@@ -432,25 +419,4 @@ def launch(
     )
     if direct:
         return
-    # With few KV heads there are many programs, and a long request has hundreds of pieces. A small batch leaves the registers
-    # to hold 128 of them at once.
-    wide = programs > 64 and T * Hq <= 2 * num_sms(q.device)
-    _combine_kernel[(T, Hq)](
-        out,
-        lse,
-        part,
-        part_lse,
-        sink_values,
-        unit_start,
-        *out.stride()[:2],
-        B,
-        programs,
-        LEAD=LEAD,
-        SHARE=SHARE,
-        PIECES=128 if wide else 32,
-        EARLY=early,
-        **shape,
-        **flags,
-        num_warps=8 if wide else 4,
-        **({"launch_pdl": True} if early else {}),
-    )
+    combine(out, out_lse, part, part_lse, sinks, unit_start, Hkv, q_len)

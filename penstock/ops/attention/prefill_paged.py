@@ -1,20 +1,21 @@
 """out = softmax(softcap(q · kᵀ · scale) + mask) · v over packed queries, and keys that stand in pages."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from penstock.core.cases import Case, Cost
-from penstock.core.check import DENSE, FLOATS, INDICES, boolean, count, optional, positive
+from penstock.core.check import DENSE, FLOATS, INDICES, anything, boolean, count, optional, positive
 from penstock.core.op import op
 from penstock.ops.attention import _cases, _cpu, _options, _reference
+from penstock.ops.attention._reference import FP8
 
 SPEC = {
-    "q": ("Tq Hq D", FLOATS, DENSE),
+    "q": ("Tq Hq D", (*FLOATS, FP8), DENSE),
     "k_cache": ("P S Hkv D", "q", DENSE),
-    "v_cache": ("P S Hkv Dv", "q", DENSE),
+    "v_cache": ("P S Hkv Dv", "q"),
     "page_table": ("B max_pages", INDICES, DENSE),
     "cu_seqlens_q": ("B+1", INDICES, DENSE),
     "seqlens_k": ("B", INDICES, DENSE),
@@ -25,15 +26,19 @@ SPEC = {
     "window_left": _options.window_size,
     "window_right": _options.window_size,
     "softcap": _options.softcap_value,
-    "sinks?": ("Hq", ("q", torch.float32), DENSE),
-    "out?": ("Tq Hq Dv", "q", DENSE),
+    "sinks?": ("Hq", (*FLOATS, torch.float32), DENSE),
+    "q_scale": anything,
+    "k_scale": anything,
+    "v_scale": anything,
+    "block_mask?": ("B Hq q_blocks k_blocks", (torch.uint8,), DENSE),
+    "out?": ("Tq Hq Dv", FLOATS, DENSE),
 }
 
 
 @op(
     "(Tensor(a!) out, Tensor(b!)? out_lse, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor cu_seqlens_q,"
     " Tensor seqlens_k, int max_seqlen_q, int? max_seqlen_k, bool causal, float? scale, int window_left, int window_right,"
-    " float? softcap, Tensor? sinks) -> ()",
+    " float? softcap, Tensor? sinks, Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, Tensor? block_mask) -> ()",
     SPEC,
 )
 def attention_prefill_paged(
@@ -51,6 +56,10 @@ def attention_prefill_paged(
     window: tuple[int, int] = (-1, -1),
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    block_mask: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
     impl: str = "auto",
@@ -60,10 +69,10 @@ def attention_prefill_paged(
     Query i of a request with q_len queries and k_len keys stands on key i + k_len - q_len: causal aligns bottom-right.
 
     Args:
-        q: [Tq, Hq, D] float16, bfloat16, float32 or float64 (CPU); D up to 256.
+        q: [Tq, Hq, D] float16, bfloat16, float32, float64 (CPU) or float8_e4m3fn; D up to 256.
         k_cache: [P, S, Hkv, D] in q.dtype; NHD or HND by strides; Hq a multiple of Hkv; kernels take S a power of two up
             to 256.
-        v_cache: [P, S, Hkv, Dv] in q.dtype; Dv up to 256.
+        v_cache: [P, S, Hkv, Dv] in q.dtype; Dv up to 256; FP8 values may be transposed inside their pages.
         page_table: [B, max_pages] int32; entries past a request's last page may hold anything.
         cu_seqlens_q: [B+1] int32; request b owns rows cu_seqlens_q[b] to cu_seqlens_q[b+1] of q. Rows after the last are
             padding.
@@ -75,28 +84,56 @@ def attention_prefill_paged(
         window: how many keys to the left and right of its own a query sees; -1 for all.
         softcap: scores become softcap · tanh(score / softcap) before the mask; None or 0 for none.
         sinks: [Hq] in q.dtype or float32, a logit per head added to the denominator.
+        q_scale: of FP8 queries, float32: [1], [Hq], or [Tq, Hq] for each token and head; 1 by default. x ≈ stored · scale.
+        k_scale: of FP8 keys, float32: [1], [Hkv], or [P, S, Hkv] for each token and head; 1 by default.
+        v_scale: of FP8 values, float32: [1] or [Hkv]; 1 by default.
+        block_mask: [B, Hq, q_blocks, k_blocks] uint8, at least as many blocks as the longest request has: where it is 0, the
+            128 queries and 128 keys of a request that it stands for do not meet. Tiles are skipped.
         return_lse: also return the log-sum-exp.
-        out: [Tq, Hq, Dv] in q.dtype.
-        impl: "auto", "triton", "cpu" or "reference".
-    Returns: out [Tq, Hq, Dv] in q.dtype; with return_lse also lse [Tq, Hq] float32 (float64 for float64 inputs), the natural
-        logarithm of the denominator. Where no key is visible, and in padding rows, out is 0 and lse is -inf.
+        out: [Tq, Hq, Dv] in q.dtype; for FP8 queries bfloat16, float16 or float32.
+        impl: "auto", "hopper", "triton", "cpu" or "reference".
+    FP8 queries and keys are multiplied as they are; a weight exp(s - m) is stored as e4m3(256 · exp(s - m)) against the running
+    maximum m, and the denominator sums what is not rounded.
+
+    Returns: out [Tq, Hq, Dv] in q.dtype, or bfloat16 for FP8 queries; with return_lse also lse [Tq, Hq] float32 (float64 for
+        float64 inputs), the natural logarithm of the denominator. Where no key is visible, and in padding rows, out is 0 and
+        lse is -inf.
     Raises: ContractError when shapes, dtypes or options disagree; NotSupported when no implementation takes the call.
-    Source: Dao, arXiv:2307.08691 (FlashAttention-2); Kwon et al., arXiv:2309.06180 (paged KV cache).
+    Source: Dao, arXiv:2307.08691 (FlashAttention-2); Kwon et al., arXiv:2309.06180 (paged KV cache);
+        Shah et al., arXiv:2407.08608 (FlashAttention-3: Hopper, FP8).
     """
     left, right = _options.split_window(attention_prefill_paged.contract, window)
-    options = (max_seqlen_q, max_seqlen_k, causal, scale, left, right, softcap, sinks)
+    options = (max_seqlen_q, max_seqlen_k, causal, scale, left, right, softcap, sinks, q_scale, k_scale, v_scale, block_mask)
     tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
     launch = attention_prefill_paged.pick(impl, *tensors, *options, out)
     if out is None:
-        out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
+        out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3], dtype=_options.out_dtype(q))
     out_lse = q.new_empty(q.shape[:2], dtype=_options.lse_dtype(q)) if return_lse else None
     launch(out, out_lse, *tensors, *options)
     return out if out_lse is None else (out, out_lse)
 
 
 @attention_prefill_paged.relation
-def _relation(q: Tensor, k_cache: Tensor, v_cache: Tensor, **others: object) -> tuple[str, str] | None:
-    return _options.relate_heads(q, k_cache, v_cache, ("k_cache", "v_cache"))
+def _relation(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None,
+    q_scale: object,
+    k_scale: object,
+    v_scale: object,
+    block_mask: Tensor | None,
+    **others: object,
+) -> tuple[str, str] | None:
+    longest = page_table.shape[1] * k_cache.shape[1] if max_seqlen_k is None else max_seqlen_k
+    return (
+        _options.relate_heads(q, k_cache, v_cache, ("k_cache", "v_cache"))
+        or _options.relate_scales(q, k_cache, v_cache, q_scale, k_scale, v_scale)
+        or _options.relate_block_mask(block_mask, q, seqlens_k, max_seqlen_q, longest)
+    )
 
 
 @attention_prefill_paged.check_values
@@ -119,8 +156,48 @@ def _check_values(
         raise contract.error("max_seqlen_k", f"must be at least {longest}, got {max_seqlen_k}", named)
 
 
-@attention_prefill_paged.reference
-def _reference_path(
+def _definition(exact: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    def path(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        page_table: Tensor,
+        cu_seqlens_q: Tensor,
+        seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int | None,
+        *options_and_scales: Any,
+    ) -> tuple[Tensor, Tensor]:
+        *options, q_scale, k_scale, v_scale, block_mask = options_and_scales
+        rounded = _reference.narrow_weights if q.dtype is FP8 else _reference.naive
+        dtype = _options.out_dtype(q)
+        q, k_cache, v_cache = _reference.dequantized(q, k_cache, v_cache, q_scale, k_scale, v_scale)
+        requests = _reference.paged_requests(k_cache, v_cache, page_table, cu_seqlens_q.tolist(), seqlens_k)
+        attend = _reference.exact if exact else rounded
+        return _reference.over_requests(attend, q, requests, v_cache.shape[3], *options, block_mask=block_mask, dtype=dtype)
+
+    return path
+
+
+attention_prefill_paged.reference(_definition(exact=True))
+attention_prefill_paged.baseline(_definition(exact=False))
+
+
+def _hopper_supports(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_mask: Tensor | None, out: Tensor | None, **others: object
+) -> str | None:
+    if block_mask is not None:
+        return "it skips no blocks of a block_mask"
+    return _options.tma_reason(q, k_cache, v_cache, out, k_cache.shape[1])
+
+
+# The spill is at D = 256, as where keys are packed.
+@attention_prefill_paged.impl(
+    "hopper", needs=("wgmma", "tma", "triton"), supports=_hopper_supports, instructions=("HGMMA", "UTMALDG"), spill_bytes=32
+)
+def _hopper(
+    out: Tensor,
+    out_lse: Tensor | None,
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -129,26 +206,16 @@ def _reference_path(
     seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    requests = _reference.paged_requests(k_cache, v_cache, page_table, cu_seqlens_q.tolist(), seqlens_k)
-    return _reference.over_requests(_reference.exact, q, requests, v_cache.shape[3], *options)
+    *options_and_scales: Any,
+) -> None:
+    from penstock.ops.attention.prefill_hopper import launch
 
+    *options, _, _, _, _ = options_and_scales
 
-@attention_prefill_paged.baseline
-def _baseline(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    requests = _reference.paged_requests(k_cache, v_cache, page_table, cu_seqlens_q.tolist(), seqlens_k)
-    return _reference.over_requests(_reference.naive, q, requests, v_cache.shape[3], *options)
+    if max_seqlen_k is None:
+        max_seqlen_k = page_table.shape[1] * k_cache.shape[1]
+    tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
+    launch(out, out_lse, *tensors, max_seqlen_q, max_seqlen_k, *options)
 
 
 def _supports(k_cache: Tensor, **others: object) -> str | None:
@@ -190,11 +257,19 @@ def _cpu_path(
     seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int | None,
-    *options: Any,
+    *options_and_scales: Any,
 ) -> None:
-    window_left = options[2]
-    requests = _cpu.paged_requests(k_cache, v_cache, page_table, cu_seqlens_q.tolist(), seqlens_k, window_left)
-    _cpu.attend_requests(out, out_lse, q, requests, *options)
+    *options, q_scale, k_scale, v_scale, block_mask = options_and_scales
+    # Where blocks are masked keys are counted from the first.
+    window_left = options[2] if block_mask is None else -1
+    ends = cu_seqlens_q.tolist()
+    if q.dtype is FP8:
+        q, requests = _cpu.fp8_requests(
+            q, k_cache, v_cache, page_table, ends, seqlens_k, window_left, q_scale, k_scale, v_scale
+        )
+    else:
+        requests = _cpu.paged_requests(k_cache, v_cache, page_table, ends, seqlens_k, window_left)
+    _cpu.attend_requests(out, out_lse, q, requests, *options, block_mask=block_mask)
 
 
 @attention_prefill_paged.cost
@@ -219,9 +294,22 @@ def cases() -> Iterable[Case]:
     yield case("head_dim_96_padded_rows", mixed, 2, 1, 96, padding=7, return_lse=True)
     yield case("head_dim_192_128", [(40, 70), (9, 40)], 2, 2, 192, Dv=128, page_size=32)
     yield case("head_dim_256", [(70, 90)], 2, 1, 256)
+    fp8: dict[str, Any] = {"dtype": FP8, "with_scales": "static"}
+    yield case("ragged_fp8", mixed, 4, 2, 64, **fp8, return_lse=True)
+    yield case("ragged_fp8_token_transposed", mixed, 4, 1, 128, dtype=FP8, with_scales="token", transposed=True, page_size=64)
+    yield case("fp8_options", [(30, 90), (3, 2)], 4, 2, 64, **fp8, softcap=5.0, with_sinks=True, window=(40, -1))
+    yield case("fp8_head_dim_192_128", [(40, 70), (9, 40)], 2, 2, 192, Dv=128, page_size=32, dtype=FP8)
+    blocks = [(300, 300), (5, 260), (130, 40), (0, 9)]
+    yield case("ragged_block_mask", blocks, 4, 2, 64, with_blocks=0.5, return_lse=True)
+    yield case("block_mask_float32", [(140, 270)], 2, 1, 32, dtype=torch.float32, with_blocks=0.4, window=(150, -1))
+    yield case("block_mask_fp8_sinks", [(140, 270)], 2, 1, 64, with_blocks=0.4, with_sinks=True, **fp8)
     yield case("empty_requests", [(0, 0), (0, 0)], 2, 1, 64)
     yield case("empty", [], 2, 1, 64, return_lse=True)
     yield case("4x4k_32_8_d128", [(4096, 4096)] * 4, 32, 8, 128, page_size=64, bench=True)
     yield case("1x16k_32_8_d128", [(16384, 16384)], 32, 8, 128, page_size=64, bench=True)
     yield case("8x512_after_8k_32_8_d128", [(512, 8704)] * 8, 32, 8, 128, page_size=64, bench=True)
+    for name, lengths in {"4x4k": [(4096, 4096)] * 4, "2x8k": [(8192, 8192)] * 2, "1x16k": [(16384, 16384)]}.items():
+        fp8 = {"dtype": FP8, "with_scales": "token", "transposed": True}
+        yield case(f"{name}_32_8_d128_fp8", lengths, 32, 8, 128, page_size=128, bench=True, **fp8)
+    yield case("1x16k_32_8_d128_blocks_25", [(16384, 16384)], 32, 8, 128, page_size=128, with_blocks=0.25, bench=True)
     yield case("4x4k_32_8_d128_page_16", [(4096, 4096)] * 4, 32, 8, 128, page_size=16, bench=True)

@@ -15,7 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.core.tuning import tuned
-from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, page_kind, pages_of, rescale, rows_at, tanh
+from penstock.ops.attention._softmax_triton import (
+    LN2,
+    LOG2E,
+    NO_SCALES,
+    finish,
+    fp8_scales,
+    page_kind,
+    pages_of,
+    rescale,
+    rows_at,
+    tanh,
+)
 
 # Programs that clear the rows after the last request; they return at once where there are none.
 CLEARING = 8
@@ -102,6 +113,7 @@ def _blocks(
     k_slot,
     v_page,
     v_slot,
+    v_column,
     own,
     low,
     k_len,
@@ -109,6 +121,10 @@ def _blocks(
     right,
     cap_scale,
     score_scale,
+    k_scale_base,
+    k_scale_page,
+    k_scale_slot,
+    listed,
     first,
     full_first,
     full_end,
@@ -116,6 +132,9 @@ def _blocks(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_LIST: tl.constexpr,
+    FP8: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     D: tl.constexpr,
@@ -127,28 +146,42 @@ def _blocks(
     """Adds the blocks of keys first..last-1; `own` is the key that each query stands on.
 
     All queries see all keys of the blocks full_first..full_end-1. One loop runs through both kinds, so that the load pipeline
-    is filled once.
+    is filled once. With HAS_LIST first and last count through the blocks of keys that `listed` names, 128 keys each.
     """
+    PER: tl.constexpr = 128 // BLOCK_N
     steps = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)[None, :]
     v_columns = tl.arange(0, BLOCK_DV)[None, :]
-    k_stop = tl.minimum(k_len, last * BLOCK_N)
+    k_stop = k_len if HAS_LIST else tl.minimum(k_len, last * BLOCK_N)
+    block = first
+    if HAS_LIST:
+        block = tl.load(listed + first // PER, first < last, other=0) * PER + first % PER
     pages = 0
     if PAGE_SIZE > 0:
-        pages = pages_of(table, first, k_stop, PAGE_SIZE, BLOCK_N)
-    for block in tl.range(first, last):
+        pages = pages_of(table, block, k_stop, PAGE_SIZE, BLOCK_N)
+    for i in tl.range(first, last):
+        if not HAS_LIST:
+            block = i
         keys = block * BLOCK_N + steps
         inside = keys < k_len
         if HAS_LEFT:
             inside = inside & (keys >= low)
         k_at = rows_at(k_base, pages, block, k_page, k_slot, PAGE_SIZE, BLOCK_N) + columns
-        v_at = rows_at(v_base, pages, block, v_page, v_slot, PAGE_SIZE, BLOCK_N) + v_columns
+        v_at = rows_at(v_base, pages, block, v_page, v_slot, PAGE_SIZE, BLOCK_N) + v_columns * v_column
+        if TOKEN_SCALES:
+            k_scale_at = rows_at(k_scale_base, pages, block, k_scale_page, k_scale_slot, PAGE_SIZE, BLOCK_N)
+            k_scales = tl.load(k_scale_at, inside[:, None], other=1.0)
+        following = i + 1
+        if HAS_LIST:
+            following = tl.load(listed + (i + 1) // PER, i + 1 < last, other=0) * PER + (i + 1) % PER
         if PAGE_SIZE > 0:
-            pages = pages_of(table, block + 1, k_stop, PAGE_SIZE, BLOCK_N)
+            pages = pages_of(table, following, k_stop, PAGE_SIZE, BLOCK_N)
         k = tl.load(k_at, inside[:, None] & (columns < D), other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if TOKEN_SCALES:
+            s = s * tl.trans(k_scales)
         if HAS_CAP:
-            s = tanh(s * cap_scale)
+            s = tanh(s * cap_scale[:, None])
         if (block < full_first) | (block >= full_end):
             visible = inside[None, :]
             if HAS_LEFT:
@@ -156,12 +189,30 @@ def _blocks(
             if HAS_RIGHT:
                 visible = visible & (keys[None, :] <= (own + right)[:, None])
             s = tl.where(visible, s, float("-inf"))
-        p, alpha, m = rescale(s, m, score_scale, True)
+        p, alpha, m = rescale(s, m, score_scale, True, 8.0 if FP8 else 0.0)
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         v = tl.load(v_at, inside[:, None] & (v_columns < DV), other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        if HAS_LIST:
+            block = following
     return acc, m, l
+
+
+@triton.jit
+def _list_kernel(listed_ptr, before_ptr, mask_ptr, blocks, BLOCK: tl.constexpr):
+    """Of one row of a block mask: the set elements in order, and how many of them stand before each element."""
+    row = tl.program_id(0).to(tl.int64)
+    count = 0
+    for start in tl.range(0, blocks, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < blocks
+        present = (tl.load(mask_ptr + row * blocks + columns, inside, other=0) != 0).to(tl.int32)
+        before = count + tl.cumsum(present) - present
+        tl.store(listed_ptr + row * blocks + before, columns, present != 0)
+        tl.store(before_ptr + row * (blocks + 1) + columns, before, inside)
+        count += tl.sum(present)
+    tl.store(before_ptr + row * (blocks + 1) + blocks, count)
 
 
 @triton.jit
@@ -188,6 +239,11 @@ def _prefill_kernel(
     k_ptr,
     v_ptr,
     sinks_ptr,
+    q_scale_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    listed_ptr,
+    before_ptr,
     table_ptr,
     cu_seqlens_q_ptr,
     lengths_ptr,
@@ -201,7 +257,16 @@ def _prefill_kernel(
     v_page,
     v_slot,
     v_head,
+    v_column,
+    q_scale_token,
+    q_scale_head,
+    k_scale_page,
+    k_scale_slot,
+    k_scale_head,
+    v_scale_head,
     table_row,
+    mask_rows,
+    mask_columns,
     num_requests,
     num_rows,
     num_tiles,
@@ -219,6 +284,9 @@ def _prefill_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_LIST: tl.constexpr,
+    FP8: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -281,6 +349,15 @@ def _prefill_kernel(
     end = tl.maximum(tl.cdiv(high, BLOCK_N), first)
     full_first = tl.minimum(tl.cdiv(full_low, BLOCK_N), end)
     full_end = tl.minimum(tl.maximum(full_high // BLOCK_N, full_first), end)
+    listed = listed_ptr
+    if HAS_LIST:
+        PER: tl.constexpr = 128 // BLOCK_N
+        row = ((request * heads + head).to(tl.int64) * mask_rows) + row_begin // 128
+        listed = listed_ptr + row * mask_columns
+        before = before_ptr + row * (mask_columns + 1)
+        last_block = tl.cdiv(end, PER)
+        first = tl.load(before + tl.minimum(first // PER, last_block)) * PER
+        end = tl.load(before + last_block) * PER
 
     columns = tl.arange(0, BLOCK_D)[None, :]
     q_at = q_ptr + (tokens * q_token)[:, None] + head.to(tl.int64) * q_head + columns
@@ -288,9 +365,28 @@ def _prefill_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    acc, m, l = _blocks(acc, m, l, q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, own, low, k_len, left, right,
-                        cap_scale, score_scale, first, full_first, full_end, end, HAS_LEFT, HAS_RIGHT, HAS_CAP, PAGE_SIZE,
-                        BLOCK_N, D, DV, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
+    score_scales = tl.full([BLOCK_M], 1.0, tl.float32) * score_scale
+    cap_scales = tl.full([BLOCK_M], 1.0, tl.float32) * cap_scale
+    k_scale_base = k_scale_ptr
+    if FP8:
+        q_scale_at = q_scale_ptr + tokens * q_scale_token + head * q_scale_head
+        row_scales = tl.load(q_scale_at, rows < q_len, other=1.0)
+        if TOKEN_SCALES:
+            k_scale_base = k_scale_ptr + k_head_offset * k_scale_head
+        else:
+            row_scales *= tl.load(k_scale_ptr + k_head_offset * k_scale_head)
+        if HAS_CAP:
+            cap_scales *= row_scales
+        else:
+            score_scales *= row_scales
+    acc, m, l = _blocks(acc, m, l, q, k_base, v_base, table, k_page, k_slot, v_page, v_slot, v_column, own, low, k_len, left,
+                        right, cap_scales, score_scales, k_scale_base, k_scale_page, k_scale_slot, listed, first, full_first,
+                        full_end, end, HAS_LEFT, HAS_RIGHT, HAS_CAP, HAS_LIST, FP8, TOKEN_SCALES, PAGE_SIZE, BLOCK_N, D, DV,
+                        BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
+    if FP8:
+        # The weights were lifted by 2^8.
+        l = l * 0.00390625
+        acc = acc * (tl.load(v_scale_ptr + k_head_offset * v_scale_head) * 0.00390625)
     sink = 0.0
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
@@ -319,6 +415,10 @@ def launch(
     window_right: int,
     softcap: float | None,
     sinks: Tensor | None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    block_mask: Tensor | None = None,
 ) -> None:
     """Launches over tiles of queries; `lengths` is cu_seqlens_k, or seqlens_k where there is a page table."""
     num_rows, Hq, D = q.shape
@@ -344,6 +444,15 @@ def launch(
     key_bytes = max(1, max_seqlen_k * (D + Dv) * q.element_size())
     section = group * max(1, SECTION_BYTES // key_bytes)
     scale = D**-0.5 if scale is None else scale
+    fp8 = q.dtype is torch.float8_e4m3fn
+    scales = fp8_scales(q, q_scale, k_scale, v_scale) if fp8 else NO_SCALES
+    listed = before = lengths
+    mask_rows = mask_columns = 0
+    if block_mask is not None:
+        mask_rows, mask_columns = block_mask.shape[2:]
+        listed = lengths.new_empty(block_mask.shape)
+        before = lengths.new_empty(*block_mask.shape[:3], mask_columns + 1)
+        _list_kernel[(block_mask[..., 0].numel(),)](listed, before, block_mask.contiguous(), mask_columns, BLOCK=256)
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     _prefill_kernel[(num_tiles + CLEARING,)](
         out,
@@ -352,6 +461,9 @@ def launch(
         k,
         v,
         q if sinks is None else sinks,
+        *(scale if scale is not None else lengths for scale in scales[0]),
+        listed,
+        before,
         page_table if page_table is not None else lengths,
         cu_seqlens_q,
         lengths,
@@ -360,8 +472,11 @@ def launch(
         k.stride(0) if paged else 0,
         *k.stride()[-3:-1],
         v.stride(0) if paged else 0,
-        *v.stride()[-3:-1],
+        *v.stride()[-3:],
+        *scales[1],
         page_table.stride(0) if page_table is not None else 0,
+        mask_rows,
+        mask_columns,
         num_requests,
         num_rows,
         num_tiles,
@@ -379,12 +494,15 @@ def launch(
         HAS_LEFT=window_left >= 0,
         HAS_RIGHT=right >= 0,
         HAS_CAP=bool(softcap),
+        HAS_LIST=block_mask is not None,
+        FP8=fp8,
+        TOKEN_SCALES=k_scale is not None and k_scale.dim() == 3,
         PAGE_SIZE=k.shape[1] if paged else 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         D=D,
         DV=Dv,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        BLOCK_D=max(32 if fp8 else 16, triton.next_power_of_2(D)),
         BLOCK_DV=max(16, triton.next_power_of_2(Dv)),
         PARTS=CLEARING,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",

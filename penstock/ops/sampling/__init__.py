@@ -1,4 +1,4 @@
-"""From logits to tokens: sample, apply_penalties, log_probs.
+"""From logits to tokens: sample, verify_draft, apply_penalties, log_probs.
 
 Logits are [B, V], one row a request; V is the vocabulary. Rows are ordered by logit, larger first, and equal logits by token
 id, smaller first: greedy choice, top-k, top-p and ranks all follow this one order.

@@ -54,6 +54,31 @@ def at_least(fraction: float, mass: int) -> int:
     return max(1, -(-mass * int(fraction * 2.0**63) >> 63))
 
 
+def keep(row: Tensor, temperature: Tensor, k: int, p: float, floor: float) -> Tensor:
+    """[V] int64: the weights of a clean row's ids by id, zero where a filter drops them; the one certain id weighs 2**ONE.
+
+    Sorts the row; the only floating-point arithmetic is that of the weights.
+    """
+    ordered, order = row.sort(descending=True, stable=True)
+    kept = torch.zeros_like(order)
+    if temperature == 0 or ordered[0] == -math.inf:
+        kept[order[0]] = 1 << ONE
+        return kept
+    weights = weigh(ordered, ordered[0], scales(temperature))
+    if k > 0:
+        weights[k:] = 0
+    if p < 1:
+        before = weights.cumsum(0) - weights
+        weights[before >= at_least(p, int(weights.sum()))] = 0
+    weights[weights < at_least(floor, 1 << ONE)] = 0
+    return kept.scatter(0, order, weights)
+
+
+def share(fraction: float, mass: int) -> int:
+    """floor(fraction · mass) for a fraction clamped to [0, 1], counted in steps of 2**-62; 0 for NaN."""
+    return mass * int(min(fraction, 1.0) * 2.0**62) >> 62 if fraction > 0 else 0
+
+
 def draw(bits: int, mass: int) -> int:
     """A uniform integer below mass from 64 random bits."""
     return bits * mass >> 64

@@ -18,6 +18,7 @@ C1 = tl.constexpr(_weights.POLYNOMIAL[5])
 LOWEST = tl.constexpr(_weights.LOWEST)
 LOG2E = tl.constexpr(_weights.LOG2E)
 LARGEST = tl.constexpr(_weights.LARGEST)
+TWO_62 = tl.constexpr(2.0**62)
 TWO_63 = tl.constexpr(2.0**63)
 
 
@@ -72,6 +73,23 @@ def at_least(fraction, mass):
     twice = mass * 2
     high = tl.umulhi(twice.to(tl.uint64), steps.to(tl.uint64)).to(tl.int64)
     return tl.maximum(high + ((twice * steps) != 0).to(tl.int64), 1)
+
+
+@triton.jit
+def share(fraction, mass):
+    """floor(fraction · mass) for a fraction clamped to [0, 1]; 0 for NaN."""
+    steps = (tl.minimum(tl.where(fraction > 0, fraction, 0.0), 1.0) * TWO_62).to(tl.int64)
+    return tl.umulhi((mass * 4).to(tl.uint64), steps.to(tl.uint64)).to(tl.int64)
+
+
+@triton.jit
+def random_words(seed, offset, stream):
+    """The first and the last 64 bits of Philox4x32-10."""
+    lower = (offset & 0xFFFFFFFF).to(tl.uint32)
+    upper = ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = tl.full([], 0, tl.uint32)
+    word0, word1, word2, word3 = tl.philox(seed, lower, upper, zero + stream, zero)
+    return word0.to(tl.uint64) | (word1.to(tl.uint64) << 32), word2.to(tl.uint64) | (word3.to(tl.uint64) << 32)
 
 
 @triton.jit

@@ -11,8 +11,8 @@ from penstock.core.cases import Case, Cost, nbytes
 from penstock.core.check import DENSE, FLOATS, anything
 from penstock.core.op import op
 from penstock.ops.sampling._options import OPTION, Range, check_rows, rows_of, split
-from penstock.ops.sampling._philox import random_bits
-from penstock.ops.sampling._weights import ONE, at_least, clean, draw, scales, weigh
+from penstock.ops.sampling._philox import words_of
+from penstock.ops.sampling._weights import clean, draw, keep
 
 SPEC = {
     "logits": ("B V", FLOATS, DENSE),
@@ -111,30 +111,18 @@ def _reference(
     top_p_value: float,
     min_p_value: float,
 ) -> Tensor:
-    """Sorts every row; the only floating-point arithmetic is that of the weights."""
+    """Sorts every row and inverts its cumulative mass."""
     options = (
         rows_of(temperature, temperature_value, logits).cpu(),
-        rows_of(top_k, top_k_value, logits, torch.int32).cpu(),
-        rows_of(top_p, top_p_value, logits).cpu(),
-        rows_of(min_p, min_p_value, logits).cpu(),
+        rows_of(top_k, top_k_value, logits, torch.int32).tolist(),
+        rows_of(top_p, top_p_value, logits).tolist(),
+        rows_of(min_p, min_p_value, logits).tolist(),
     )
     ids = []
-    rows = zip(clean(logits).cpu(), random_bits(seeds.cpu(), offsets.cpu()), *options, strict=True)
-    for row, bits, heat, k, p, floor in rows:
-        ordered, order = row.sort(descending=True, stable=True)
-        weights = weigh(ordered, ordered[0], scales(heat))
-        if heat == 0 or ordered[0] == -torch.inf:
-            ids.append(int(order[0]) if heat == 0 else 0)
-            continue
-        kept = torch.ones_like(row, dtype=torch.bool)
-        if k > 0:
-            kept[int(k) :] = False
-        if p < 1:
-            before = (weights * kept).cumsum(0) - weights
-            kept &= before < at_least(float(p), int((weights * kept).sum()))
-        kept &= weights >= at_least(float(floor), 1 << ONE)
-        by_id = torch.zeros_like(weights).scatter(0, order, weights * kept)
-        ids.append(int((by_id.cumsum(0) <= draw(bits, int(by_id.sum()))).sum()))
+    for row, seed, offset, *filters in zip(clean(logits).cpu(), seeds.tolist(), offsets.tolist(), *options, strict=True):
+        cumulative = keep(row, *filters).cumsum(0)
+        bits, _ = words_of(seed, offset)
+        ids.append(int((cumulative <= draw(bits, int(cumulative[-1]))).sum()))
     return torch.tensor(ids, dtype=torch.int32)
 
 

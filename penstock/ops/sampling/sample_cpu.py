@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from penstock.ops.sampling._options import rows_of
-from penstock.ops.sampling._philox import random_bits, random_bits_of
+from penstock.ops.sampling._philox import words
 from penstock.ops.sampling._weights import LARGEST, ONE, at_least, clean, draw, scales, weigh
 
 # A nucleus is mostly smaller; a larger one is cheaper to sort than to select (numpy sorts with vector instructions).
 CANDIDATES = 256
 # Weights of this many logits at once stay in a core's cache.
 TOGETHER = 2**16
-# From this many rows on, Philox on tensors is faster than on Python's integers.
-MANY_ROWS = 32
 
 
 def launch(
@@ -53,7 +51,7 @@ def launch(
     ks = rows_of(top_k, top_k_value, logits, torch.int32).tolist()
     ps = rows_of(top_p, top_p_value, logits).tolist()
     least = [at_least(p, 1 << ONE) for p in rows_of(min_p, min_p_value, logits).tolist()]
-    bits = random_bits(seeds, offsets) if B >= MANY_ROWS else list(map(random_bits_of, seeds.tolist(), offsets.tolist()))
+    bits, _ = words(seeds, offsets)
     free = [row for row in range(B) if hot[row] and ps[row] >= 1 and not 0 < ks[row] < V]
     step = max(1, TOGETHER // V)
     for start in range(0, len(free), step):
@@ -71,7 +69,7 @@ def launch(
         unsettled += [row for row in some if row not in settled]
     for row in unsettled:
         top, by = float(largest[row]), float(scale[row])
-        kept = _keep(rows[row], top, by, ks[row], ps[row])
+        kept = keep(rows[row], top, by, ks[row], ps[row])
         [position] = _draw(weigh(rows[row][kept], top, by)[None], [least[row]], [bits[row]])
         ids[row] = int(kept[position])
     out.copy_(torch.tensor(ids, dtype=torch.int32))
@@ -128,7 +126,7 @@ def _draw_filtered(
     return {row: position for row, position, good in zip(some, ids, settled, strict=True) if good}
 
 
-def _keep(row: Tensor, top: float, scale: float, k: int, p: float) -> Tensor:
+def keep(row: Tensor, top: float, scale: float, k: int, p: float) -> Tensor:
     """The ids, ascending, that top-k and top-p keep."""
     V = len(row)
     if 0 < k < V:

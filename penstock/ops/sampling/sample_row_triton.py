@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 
 from penstock.ops.sampling._philox import SAMPLE_STREAM
-from penstock.ops.sampling._weights_triton import at_least, clean, key_of, logit_of, option, scale_of, smallest_weight, weigh
+from penstock.ops.sampling._weights_triton import (
+    at_least,
+    clean,
+    key_of,
+    logit_of,
+    option,
+    random_words,
+    scale_of,
+    smallest_weight,
+    weigh,
+)
 from penstock.ops.sampling.sample_scan_triton import (
     BINS,
     BY_COUNT,
@@ -399,12 +409,7 @@ def draw_kernel(
     if tl.load(ints_ptr + row * INTS + MODE) != DONE:
         floats_ptr += row * FLOATS
         smallest = smallest_weight(option(min_p_ptr, row, min_p, tl.float32))
-        seed = tl.load(seeds_ptr + row)
-        offset = tl.load(offsets_ptr + row)
-        lower = (offset & 0xFFFFFFFF).to(tl.uint32)
-        upper = ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        word0, word1, _, _ = tl.philox(seed, lower, upper, tl.full([], STREAM, tl.uint32), tl.full([], 0, tl.uint32))
-        bits = word0.to(tl.uint64) | (word1.to(tl.uint64) << 32)
+        bits, _ = random_words(tl.load(seeds_ptr + row), tl.load(offsets_ptr + row), STREAM)
         tiles = tl.arange(0, PADDED_TILES)
         masses = tl.load(masses_ptr + row * PADDED_TILES + tiles)
         target = tl.umulhi(bits, tl.sum(masses).to(tl.uint64)).to(tl.int64)

@@ -11,6 +11,8 @@ Bounds steer only the speed. Where they miss the cut, hold more than CAPACITY id
 row's one program searches the whole row: exact, but many times slower.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -27,6 +29,15 @@ CHUNK = 1024
 CAPACITY = 8192
 
 
+class State(NamedTuple):
+    """What the passes leave of each row: floats and ints (slots in sample_scan_triton), the mass kept in each tile."""
+
+    floats: Tensor
+    ints: Tensor
+    masses: Tensor
+    tile: int
+
+
 def launch(
     out: Tensor,
     logits: Tensor,
@@ -40,11 +51,11 @@ def launch(
     top_k_value: int,
     top_p_value: float,
     min_p_value: float,
-) -> None:
-    """Launches what the options given as numbers leave to do; rows decide the rest on the device."""
+) -> State | None:
+    """Launches what the options given as numbers leave to do; rows decide the rest on the device. None where all are greedy."""
     B, V = logits.shape
     if B == 0:
-        return
+        return None
     device = logits.device
     tile = max(TILE, triton.next_power_of_2(triton.cdiv(V, MAX_TILES)))
     padded_tiles = triton.next_power_of_2(triton.cdiv(V, tile))
@@ -84,7 +95,7 @@ def launch(
         enable_fp_fusion=False,
     )
     if temperature is None and temperature_value == 0:
-        return
+        return None
     masses = torch.empty(B, padded_tiles, dtype=torch.int64, device=device)
     cuts = cuts_by_mass or top_k is not None or 0 < top_k_value < V
     held = CAPACITY if cuts else 1
@@ -163,3 +174,4 @@ def launch(
         num_warps=4,
         enable_fp_fusion=False,
     )
+    return State(floats, ints, masses, tile)

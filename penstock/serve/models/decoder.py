@@ -5,9 +5,7 @@ hidden = decoder.forward(token_ids, batch)              # [T, H]
 logits = decoder.logits(hidden[last_rows])              # float32 [n, V]
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,37 +17,21 @@ from penstock.ops import (
     attention_decode,
     attention_decode_plan,
     attention_prefill_paged,
-    gelu_and_mul,
     rms_norm,
     rope,
     rope_norm_store_kv,
     rope_table,
-    silu_and_mul,
     store_kv,
 )
+from penstock.serve.models.batch import Batch
+from penstock.serve.models.feed_forward import Experts, Mlp
+from penstock.serve.models.latent import LatentAttention
+from penstock.serve.models.parameters import LayerWeights, Weights
 from penstock.serve.models.spec import LayerSpec, ModelSpec
-from penstock.serve.models.weights import LayerWeights, Weights
 
 # Where one kernel between two matmuls is faster than four. On a CPU the calls are the cost and working in place saves copies:
 # 57 µs against 40 for a row of 4 + 2 heads of 64 in float32.
 FUSED = ("cuda",)
-
-
-@dataclass(slots=True)
-class Batch:
-    """What one step computes besides its token ids: decode rows first, then prefill rows.
-
-    T tokens and B requests in all, of which the first num_decodes are decodes with one token each.
-    """
-
-    positions: Tensor  # [T] int32
-    slots: Tensor  # [T] int32, where each token's key and value go; negative: nowhere
-    page_table: Tensor  # [B, maxpages] int32
-    seqlens_k: Tensor  # [B] int32, the new tokens included
-    num_decodes: int
-    cu_seqlens_q: Tensor | None = None  # [B - num_decodes + 1] int32, of the prefill rows; None without any
-    max_seqlen_q: int = 1
-    decode_plan: tuple[Tensor, ...] | None = None
 
 
 class Decoder:
@@ -120,13 +102,14 @@ class DecoderLayer:
     """Attention and MLP of one layer; leaves the residual added and normed for the layer that follows."""
 
     __slots__ = (
-        "activation",
         "attention_options",
         "cos_sin",
         "eps",
+        "feed_forward",
         "fused",
         "head_split",
         "k_cache",
+        "latent",
         "next_norm",
         "offset",
         "spec",
@@ -152,7 +135,22 @@ class DecoderLayer:
         self.offset = model.norm_weight_offset
         self.head_split = (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
         self.fused = cos_sin.device.type in FUSED
-        self.activation = _ACTIVATIONS[layer.activation]
+        self.feed_forward: Mlp | Experts
+        if layer.experts is not None and weights.experts is not None:
+            self.feed_forward = Experts(layer.experts, weights.experts)
+        else:
+            self.feed_forward = Mlp(layer.activation, weights)
+        self.latent = None
+        if layer.latent is not None and weights.latent is not None:
+            self.latent = LatentAttention(
+                layer.latent,
+                weights.latent,
+                self.k_cache,
+                cos_sin,
+                heads=layer.num_heads,
+                scale=layer.query_scale,
+                eps=model.norm_eps,
+            )
         # a window of w keys, the query's own included, leaves w - 1 to its left
         self.attention_options: dict[str, Any] = {
             "scale": layer.query_scale,
@@ -163,12 +161,12 @@ class DecoderLayer:
     def __call__(self, hidden: Tensor, residual: Tensor, batch: Batch) -> Tensor:
         """Normed [T, H] → normed for the next layer; adds to residual [T, H] in place."""
         own, eps, offset = self.weights, self.eps, self.offset
-        hidden = linear(self.attend(hidden, batch), own.o, own.o_bias)
+        attend = self.attend if self.latent is None else self.latent
+        hidden = linear(attend(hidden, batch), own.o, own.o_bias)
         if own.post_attention_norm is not None:
             rms_norm(hidden, own.post_attention_norm, eps=eps, weight_offset=offset, out=hidden)
         add_rms_norm(hidden, residual, own.mlp_norm, eps=eps, weight_offset=offset, out=(hidden, residual))
-        hidden = self.activation(linear(hidden, own.gate_up, own.gate_up_bias))
-        hidden = linear(hidden, own.down, own.down_bias)
+        hidden = self.feed_forward(hidden)
         if own.post_mlp_norm is not None:
             rms_norm(hidden, own.post_mlp_norm, eps=eps, weight_offset=offset, out=hidden)
         add_rms_norm(hidden, residual, self.next_norm, eps=eps, weight_offset=offset, out=(hidden, residual))
@@ -176,7 +174,9 @@ class DecoderLayer:
 
     def attend(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Attention output [T, Hq·D] before the output projection; stores the new keys and values."""
-        qkv = linear(hidden, self.weights.qkv, self.weights.qkv_bias)
+        own = self.weights
+        assert own.qkv is not None
+        qkv = linear(hidden, own.qkv, own.qkv_bias)
         q = self.store_fused(qkv, batch) if self.fused else self.store_in_place(qkv, batch)
         return self.attention(q, batch).view(hidden.shape[0], -1)
 
@@ -232,10 +232,3 @@ class DecoderLayer:
             **options,
         )
         return out
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": silu_and_mul,
-    "gelu_tanh": gelu_and_mul,
-    "gelu": partial(gelu_and_mul, approximate="none"),
-}

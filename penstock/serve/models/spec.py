@@ -4,6 +4,7 @@ spec = ModelSpec.from_config(transformers.AutoConfig.from_pretrained(path))     
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,44 @@ class RopeSpec:
 
     head_dim: int
     parameters: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """A mixture of experts in place of the MLP.
+
+    Of `count` experts of width `size` a token uses `top_k`; moe_route says what the options of the choice mean. All tokens use
+    one more MLP of width `shared_size`, if that is not 0, weighted by a sigmoid of its own with `shared_gate`.
+    """
+
+    count: int
+    top_k: int
+    size: int
+    scoring: str = "softmax"
+    renormalize: bool = True
+    num_groups: int | None = None
+    top_groups: int | None = None
+    scale: float = 1.0
+    bias: bool = False
+    float32_router: bool = False
+    shared_size: int = 0
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Multi-head latent attention: keys and values of all heads are kept as one row of `rank` + `rope_dim` numbers.
+
+    A head's query and key have `nope_dim` dimensions without positions and `rope_dim` rotated ones, its value has `value_dim`.
+    Queries go through `query_rank` numbers first, where that is not None.
+    """
+
+    rank: int
+    rope_dim: int
+    nope_dim: int
+    value_dim: int
+    query_rank: int | None = None
+    interleaved: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +79,8 @@ class LayerSpec:
     mlp_bias: bool = False
     post_norms: bool = False
     rope: int = 0
+    experts: ExpertsSpec | None = None
+    latent: LatentSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +127,27 @@ class ModelSpec:
     def num_parameters(self) -> int:
         """Weights in the checkpoint, norms and biases included."""
         total = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size
-        for layer in self.layers:
-            q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-            total += self.hidden_size * (2 * q + 2 * kv + 3 * layer.mlp_size)
-            total += self.hidden_size * (4 if layer.post_norms else 2) + 2 * layer.head_dim * layer.qk_norm
-            total += (q + 2 * kv) * layer.qkv_bias + self.hidden_size * layer.o_bias
-            total += (2 * layer.mlp_size + self.hidden_size) * layer.mlp_bias
-        return total
+        return total + sum(layer_parameters(self.hidden_size, layer) for layer in self.layers)
+
+
+def layer_parameters(hidden: int, layer: LayerSpec) -> int:
+    """Weights of one layer, norms and biases included."""
+    total = hidden * (4 if layer.post_norms else 2) + hidden * layer.o_bias
+    if layer.latent is None:
+        q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+        total += hidden * (2 * q + 2 * kv) + 2 * layer.head_dim * layer.qk_norm + (q + 2 * kv) * layer.qkv_bias
+    else:
+        latent = layer.latent
+        q = layer.num_heads * (latent.nope_dim + latent.rope_dim)
+        rank, value = latent.query_rank, layer.num_heads * latent.value_dim
+        total += hidden * q if rank is None else rank * (hidden + q + 1 + layer.qkv_bias)
+        total += (hidden + layer.qkv_bias) * (latent.rank + latent.rope_dim) + latent.rank
+        total += latent.rank * (layer.num_heads * latent.nope_dim + value) + value * hidden
+    if layer.experts is None:
+        return total + 3 * hidden * layer.mlp_size + (2 * layer.mlp_size + hidden) * layer.mlp_bias
+    experts = layer.experts
+    total += experts.count * (hidden + 3 * hidden * experts.size + experts.bias)
+    return total + 3 * hidden * experts.shared_size + hidden * experts.shared_gate
 
 
 def read_spec(path: str | Path) -> ModelSpec:
@@ -148,7 +203,7 @@ def _refuse_unsupported(name: str, config: Any) -> None:
             f"{name} with quantization_config ({get('quant_method')}) is not supported; use the unquantised checkpoint"
         )
     for field in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if (getattr(config, field, None) or 0) > 1:
+        if (getattr(config, field, None) or 0) > 1 and name not in _MIXTURES:
             raise ModelError(f"{name} with mixture-of-experts layers ({field}={getattr(config, field)}) is not supported")
     if getattr(config, "alibi", False):
         raise ModelError(f"{name} with ALiBi position biases (alibi=True) is not supported")
@@ -230,6 +285,7 @@ def _model(
     rope_of_layer: Sequence[int] | None = None,
     activation: str | None = None,
     query_scale: float | None = None,
+    experts: Sequence[ExpertsSpec | None] | None = None,
     layer: dict[str, Any],
     **fields: Any,
 ) -> ModelSpec:
@@ -239,19 +295,24 @@ def _model(
     if len(windows) != count:
         raise ModelError(f"{name}: layer_types names {len(windows)} layers, num_hidden_layers is {count}")
     activation = activation or config.hidden_act
+    if experts is not None and activation != "silu":
+        raise ModelError(f"{name} with hidden activation {activation} is not supported; experts have silu")
     if activation not in _ACTIVATIONS:
         raise ModelError(f"{name} with hidden activation {activation} is not supported; {', '.join(_ACTIVATIONS)} are")
     layers = tuple(
         LayerSpec(
-            num_heads=config.num_attention_heads,
-            num_kv_heads=_kv_heads(config),
-            head_dim=head_dim,
-            query_scale=query_scale or head_dim**-0.5,
-            mlp_size=config.intermediate_size,
-            activation=_ACTIVATIONS[activation],
-            window=windows[i],
-            rope=rope_of_layer[i] if rope_of_layer else 0,
-            **layer,
+            **{
+                "num_heads": config.num_attention_heads,
+                "num_kv_heads": _kv_heads(config),
+                "head_dim": head_dim,
+                "query_scale": query_scale or head_dim**-0.5,
+                "mlp_size": config.intermediate_size,
+                "activation": _ACTIVATIONS[activation],
+                "window": windows[i],
+                "rope": rope_of_layer[i] if rope_of_layer else 0,
+                "experts": experts[i] if experts else None,
+                **layer,
+            }
         )
         for i in range(count)
     )
@@ -290,6 +351,100 @@ def _qwen3(name: str, config: Any) -> ModelSpec:
     bias = bool(getattr(config, "attention_bias", False))
     layer = {"qk_norm": True, "qkv_bias": bias, "o_bias": bias}
     return _model(name, config, windows=_sliding_windows(config), layer=layer)
+
+
+def _mixtral(name: str, config: Any) -> ModelSpec:
+    mixture = ExpertsSpec(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size)
+    count = config.num_hidden_layers
+    return _model(name, config, windows=[config.sliding_window] * count, experts=[mixture] * count, layer={})
+
+
+def _sparse(config: Any, mixture: ExpertsSpec) -> list[ExpertsSpec | None]:
+    """Qwen's rule: every decoder_sparse_step-th layer is a mixture, but for those of mlp_only_layers."""
+    dense, step = set(config.mlp_only_layers or ()), config.decoder_sparse_step
+    return [None if i in dense or (i + 1) % step else mixture for i in range(config.num_hidden_layers)]
+
+
+def _qwen2_moe(name: str, config: Any) -> ModelSpec:
+    mixture = ExpertsSpec(
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        renormalize=config.norm_topk_prob,
+        shared_size=config.shared_expert_intermediate_size,
+        shared_gate=True,
+    )
+    bias = bool(getattr(config, "qkv_bias", True))
+    layer = {"qkv_bias": bias}
+    return _model(name, config, windows=_sliding_windows(config), experts=_sparse(config, mixture), layer=layer)
+
+
+def _qwen3_moe(name: str, config: Any) -> ModelSpec:
+    mixture = ExpertsSpec(
+        config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, renormalize=config.norm_topk_prob
+    )
+    bias = bool(getattr(config, "attention_bias", False))
+    window = config.sliding_window if getattr(config, "use_sliding_window", False) else None
+    windows = [window] * config.num_hidden_layers
+    layer = {"qk_norm": True, "qkv_bias": bias, "o_bias": bias}
+    return _model(name, config, windows=windows, experts=_sparse(config, mixture), layer=layer)
+
+
+def _deepseek(name: str, config: Any, mixture: ExpertsSpec) -> ModelSpec:
+    latent = LatentSpec(
+        config.kv_lora_rank,
+        config.qk_rope_head_dim,
+        config.qk_nope_head_dim,
+        config.v_head_dim,
+        config.q_lora_rank,
+        bool(getattr(config, "rope_interleave", True)),
+    )
+    rope = _rope(name, config, latent.rope_dim)
+    scale = (latent.nope_dim + latent.rope_dim) ** -0.5
+    if rope.parameters["rope_type"] == "yarn" and rope.parameters.get("mscale_all_dim"):
+        factor, weight = rope.parameters["factor"], rope.parameters["mscale_all_dim"]
+        magnitude = 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+        scale *= magnitude**2
+    bias = bool(getattr(config, "attention_bias", False))
+    layer = {
+        "latent": latent,
+        "num_kv_heads": 1,
+        "head_dim": latent.rank + latent.rope_dim,
+        "query_scale": scale,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+    }
+    count, dense = config.num_hidden_layers, config.first_k_dense_replace
+    experts = [None if i < dense else mixture for i in range(count)]
+    return _model(name, config, ropes=(rope,), experts=experts, layer=layer)
+
+
+def _deepseek_experts(config: Any, **options: Any) -> ExpertsSpec:
+    return ExpertsSpec(
+        config.n_routed_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        scale=config.routed_scaling_factor,
+        float32_router=True,
+        shared_size=config.moe_intermediate_size * (config.n_shared_experts or 0),
+        **options,
+    )
+
+
+def _deepseek_v2(name: str, config: Any) -> ModelSpec:
+    if config.topk_method not in ("greedy", "group_limited_greedy"):
+        raise ModelError(f"{name} with topk_method {config.topk_method} is not supported; greedy, group_limited_greedy are")
+    groups: dict[str, Any] = {}
+    if config.topk_method == "group_limited_greedy":
+        groups = {"num_groups": config.n_group, "top_groups": config.topk_group}
+    # The published model's norm_topk_prob is false, and transformers does not read it.
+    return _deepseek(name, config, _deepseek_experts(config, renormalize=False, **groups))
+
+
+def _deepseek_v3(name: str, config: Any) -> ModelSpec:
+    options = {"renormalize": config.norm_topk_prob, "num_groups": config.n_group, "top_groups": config.topk_group}
+    return _deepseek(name, config, _deepseek_experts(config, scoring="sigmoid", bias=True, **options))
 
 
 def _gemma(name: str, config: Any, *, layer: dict[str, Any], **fields: Any) -> ModelSpec:
@@ -331,4 +486,16 @@ ARCHITECTURES: dict[str, Callable[[str, Any], ModelSpec]] = {
     "Qwen3ForCausalLM": _qwen3,
     "Gemma2ForCausalLM": _gemma2,
     "Gemma3ForCausalLM": _gemma3,
+    "MixtralForCausalLM": _mixtral,
+    "Qwen2MoeForCausalLM": _qwen2_moe,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+    "DeepseekV2ForCausalLM": _deepseek_v2,
+    "DeepseekV3ForCausalLM": _deepseek_v3,
 }
+_MIXTURES = (
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+)

@@ -4,8 +4,7 @@ weights = load_weights("path/of/checkpoint", spec, device="cuda", dtype=torch.bf
 """
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,117 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from penstock.serve.models.spec import LayerSpec, ModelError, ModelSpec
+from penstock.serve.models.names import EMBEDDING, LM_HEAD, checkpoint_names
+from penstock.serve.models.parameters import Weights, allocate_weights
+from penstock.serve.models.spec import ModelError, ModelSpec
 
 Progress = Callable[[int, int], None]
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-LM_HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
 _FLOATING = {"F16": 2, "BF16": 2, "F32": 4}
-
-
-@dataclass(slots=True)
-class LayerWeights:
-    """One layer's parameters: qkv [(Hq+2Hkv)·D, H], o [H, Hq·D], gate_up [2I, H], down [H, I]; absent ones are None."""
-
-    input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: Tensor
-    o_bias: Tensor | None
-    post_attention_norm: Tensor | None
-    mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
-    post_mlp_norm: Tensor | None
-
-
-@dataclass(slots=True)
-class Weights:
-    """All parameters: embedding [V, H], lm_head [V, H] (the same tensor when tied), norm [H] and the layers."""
-
-    embedding: Tensor
-    lm_head: Tensor
-    norm: Tensor
-    layers: list[LayerWeights]
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Every distinct parameter once."""
-        yield self.embedding
-        if self.lm_head is not self.embedding:
-            yield self.lm_head
-        yield self.norm
-        for layer in self.layers:
-            for field in LayerWeights.__slots__:
-                tensor = getattr(layer, field)
-                if tensor is not None:
-                    yield tensor
-
-
-def allocate_weights(spec: ModelSpec, *, device: str | torch.device, dtype: torch.dtype, tied: bool) -> Weights:
-    """Uninitialised parameters of the given architecture, each allocated once on the device."""
-
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, device=device, dtype=dtype)
-
-    def layer_weights(layer: LayerSpec) -> LayerWeights:
-        hidden, head = spec.hidden_size, layer.head_dim
-        q, qkv = layer.num_heads * head, (layer.num_heads + 2 * layer.num_kv_heads) * head
-        return LayerWeights(
-            input_norm=new(hidden),
-            qkv=new(qkv, hidden),
-            qkv_bias=new(qkv) if layer.qkv_bias else None,
-            q_norm=new(head) if layer.qk_norm else None,
-            k_norm=new(head) if layer.qk_norm else None,
-            o=new(hidden, q),
-            o_bias=new(hidden) if layer.o_bias else None,
-            post_attention_norm=new(hidden) if layer.post_norms else None,
-            mlp_norm=new(hidden),
-            gate_up=new(2 * layer.mlp_size, hidden),
-            gate_up_bias=new(2 * layer.mlp_size) if layer.mlp_bias else None,
-            down=new(hidden, layer.mlp_size),
-            down_bias=new(hidden) if layer.mlp_bias else None,
-            post_mlp_norm=new(hidden) if layer.post_norms else None,
-        )
-
-    embedding = new(spec.vocab_size, spec.hidden_size)
-    lm_head = embedding if tied else new(spec.vocab_size, spec.hidden_size)
-    return Weights(embedding, lm_head, new(spec.hidden_size), [layer_weights(layer) for layer in spec.layers])
-
-
-def checkpoint_names(spec: ModelSpec, weights: Weights) -> dict[str, Tensor]:
-    """Where each tensor of a checkpoint goes: its published name → the parameter, or the part of a packed one."""
-    names = {EMBEDDING: weights.embedding, "model.norm.weight": weights.norm}
-    if weights.lm_head is not weights.embedding:
-        names[LM_HEAD] = weights.lm_head
-    for index, (layer, own) in enumerate(zip(spec.layers, weights.layers, strict=True)):
-        q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-        pre_mlp = "pre_feedforward_layernorm" if layer.post_norms else "post_attention_layernorm"
-        by_suffix = {
-            "input_layernorm.weight": own.input_norm,
-            "post_attention_layernorm.weight": own.post_attention_norm,
-            f"{pre_mlp}.weight": own.mlp_norm,
-            "post_feedforward_layernorm.weight": own.post_mlp_norm,
-            "self_attn.q_norm.weight": own.q_norm,
-            "self_attn.k_norm.weight": own.k_norm,
-            "self_attn.o_proj.weight": own.o,
-            "self_attn.o_proj.bias": own.o_bias,
-            "mlp.down_proj.weight": own.down,
-            "mlp.down_proj.bias": own.down_bias,
-        }
-        for kind, qkv, gate_up in (("weight", own.qkv, own.gate_up), ("bias", own.qkv_bias, own.gate_up_bias)):
-            if qkv is not None:
-                parts = qkv.split((q, kv, kv))
-                by_suffix |= {f"self_attn.{part}_proj.{kind}": parts[i] for i, part in enumerate("qkv")}
-            if gate_up is not None:
-                by_suffix[f"mlp.gate_proj.{kind}"], by_suffix[f"mlp.up_proj.{kind}"] = gate_up.chunk(2)
-        names |= {f"model.layers.{index}.{suffix}": to for suffix, to in by_suffix.items() if to is not None}
-    return names
 
 
 def load_weights(
@@ -179,13 +75,15 @@ def random_weights(
     weights = allocate_weights(spec, device=device, dtype=dtype, tied=spec.tie_word_embeddings)
     generator = torch.Generator(device=device).manual_seed(seed)
     for tensor in weights.tensors():
-        if tensor.dim() == 2:
+        if tensor.dim() >= 2:
             tensor.normal_(0.0, 0.02, generator=generator)
         else:
             tensor.zero_()
     for layer in weights.layers:
-        norms = (layer.input_norm, layer.q_norm, layer.k_norm, layer.post_attention_norm)
-        for norm in (*norms, layer.mlp_norm, layer.post_mlp_norm, weights.norm):
+        norms = [layer.input_norm, layer.q_norm, layer.k_norm, layer.post_attention_norm, layer.mlp_norm, layer.post_mlp_norm]
+        if layer.latent is not None:
+            norms += [layer.latent.q_norm, layer.latent.kv_norm]
+        for norm in (*norms, weights.norm):
             if norm is not None:
                 norm.fill_(1.0 - spec.norm_weight_offset)
     return weights

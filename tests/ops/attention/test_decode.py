@@ -61,7 +61,7 @@ def test_every_tile_is_assigned_once_and_work_is_equal(seqlens, heads, q_len, le
     assert not sizes or max(sizes) - min(sizes) <= 1
     units = len(wanted) + LEAD * len({b for b, _ in wanted})
     assert len(sizes) == min(len(work), -(-units // SHARE))
-    assert len(work) == num_programs(lengths.device, *heads, q_len)
+    assert len(work) == num_programs(lengths.device, *heads, 128, q_len)
     assert all(values.dtype == torch.int32 for values in plan)
 
 

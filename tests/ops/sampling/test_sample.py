@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import penstock.core.op as core_op
 from penstock.core.check import ContractError
 from penstock.ops import sample
-from penstock.ops.sampling._philox import philox, random_bits, random_bits_of
+from penstock.ops.sampling._philox import philox, words, words_of
 from penstock.ops.sampling._weights import ONE, scales, weigh
 
 HEATS = (0.0, 1e-4, 0.7, 1.0, 1.5, 1e4)
@@ -85,7 +85,8 @@ def test_philox_answers_known_questions():
 def test_philox_of_tensors_and_of_integers_agree():
     generator = torch.Generator().manual_seed(0)
     seeds, offsets = torch.randint(-(2**63), 2**63 - 1, (2, 500), generator=generator)
-    assert random_bits(seeds, offsets) == [random_bits_of(*pair) for pair in zip(seeds.tolist(), offsets.tolist(), strict=True)]
+    pairs = [words_of(*pair) for pair in zip(seeds.tolist(), offsets.tolist(), strict=True)]
+    assert list(zip(*words(seeds, offsets), strict=True)) == pairs
 
 
 def test_weights_are_exponentials():

@@ -22,6 +22,28 @@ _LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_f
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
 _GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "final_logit_softcapping": 9.0}
 
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+_DEEPSEEK = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "num_key_value_heads": 4,
+}
+_GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5}
+_DEEPSEEK_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+}
+
 CASES = {
     "llama": ("Llama", {"rope_theta": 5000.0}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 32}),
@@ -47,6 +69,12 @@ CASES = {
             "layer_types": [*_ALTERNATING["layer_types"], "sliding_attention"],
         },
     ),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2-moe": ("Qwen2Moe", {**_EXPERTS, "shared_expert_intermediate_size": 48, "mlp_only_layers": [0]}),
+    "qwen3-moe": ("Qwen3Moe", {**_EXPERTS, "norm_topk_prob": True, "head_dim": 32}),
+    "deepseek2": ("DeepseekV2", {**_DEEPSEEK, **_GROUPS, "q_lora_rank": None, "topk_method": "group_limited_greedy"}),
+    "deepseek3": ("DeepseekV3", {**_DEEPSEEK, **_GROUPS, "q_lora_rank": 28}),
+    "deepseek3-yarn": ("DeepseekV3", {**_DEEPSEEK, **_GROUPS, "q_lora_rank": 28, "rope_scaling": _DEEPSEEK_YARN}),
 }
 
 
@@ -63,6 +91,9 @@ def build(name: str, **changes):
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.2)
     return model
 
 

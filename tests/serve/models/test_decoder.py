@@ -5,7 +5,8 @@ import torch
 
 from penstock.serve.kv import KVPool
 from penstock.serve.models import decoder
-from penstock.serve.models.decoder import Batch, Decoder
+from penstock.serve.models.batch import Batch
+from penstock.serve.models.decoder import Decoder
 from penstock.serve.models.spec import read_spec
 from penstock.serve.models.weights import load_weights
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from penstock.serve.models.names import checkpoint_names
 from penstock.serve.models.spec import LayerSpec, ModelError, ModelSpec, RopeSpec, read_spec
-from penstock.serve.models.weights import checkpoint_names, load_weights, random_weights
+from penstock.serve.models.weights import load_weights, random_weights
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -187,7 +188,9 @@ MEMORY = """
 import resource, sys
 import torch
 from penstock.serve.models.spec import LayerSpec, ModelSpec, RopeSpec
-from penstock.serve.models.weights import allocate_weights, checkpoint_names, load_weights
+from penstock.serve.models.names import checkpoint_names
+from penstock.serve.models.parameters import allocate_weights
+from penstock.serve.models.weights import load_weights
 layer = LayerSpec(num_heads=8, num_kv_heads=4, head_dim=64, query_scale=1.0, mlp_size=3072)
 spec = ModelSpec("LlamaForCausalLM", 8000, 768, (layer,) * 5, (RopeSpec(64, {}),), 64, 1e-6)
 if sys.argv[2] == "write":

@@ -1,0 +1,218 @@
+"""The warp that fetches for the others: which tile comes next, its queries, its keys and values, block after block.
+
+Rows outside a request, and keys after its last, are never read: the copies are cut there. A descriptor steps over rows in two
+dimensions, so that the first chooses where the second ends; a third takes back what the second begins with, by wrapping around
+2^64 (triton.tools.ragged_tma shows how). What is cut off is zero in shared memory, and left alone in global memory.
+"""
+
+from torch import Tensor
+
+from penstock.core.gluon import TensorDescriptor, gl, gluon, mbarrier, reinterpret, thread_barrier, tma_load
+from penstock.ops.attention import _tiles_hopper as tiles
+from penstock.ops.attention._tiles_hopper import Tile
+
+# Where the second dimension of rows ends.
+END = gl.constexpr(1 << 30)
+# A copy is 128 bytes wide, the widest that shared memory swizzles.
+COLUMNS = 64
+
+
+def rows_descriptor(rows: Tensor, tile: Tile) -> TensorDescriptor:
+    """[END, end of the rows, row before it, head, column] of queries or results [T, Hq, D]."""
+    box = [1, 1, tile.part_tokens, tile.group, COLUMNS]
+    return _descriptor(rows, stride(rows, 0), rows.shape[1], stride(rows, 1), box)
+
+
+def keys_descriptor(keys: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
+    """[END, end of the rows, row before it, page and head, column] of keys or values [P, S, Hkv, D] or [T, Hkv, D].
+
+    Also how many steps of the fourth dimension make a page.
+    """
+    box = [1, 1, tile.span, 1, COLUMNS]
+    if keys.dim() == 3:
+        return _descriptor(keys, stride(keys, 0), keys.shape[1], stride(keys, 1), box), 0
+    P, _, Hkv, _ = keys.shape
+    page = stride(keys, 0)
+    head = stride(keys, 2) if Hkv > 1 else page
+    return _descriptor(keys, stride(keys, 1), max(P, 1) * page // head, head, box), page // head
+
+
+def stride(tensor: Tensor, dim: int) -> int:
+    """The stride, or one that a descriptor takes where there is nothing to step over."""
+    return tensor.stride(dim) if tensor.shape[dim] > 1 else 8
+
+
+def _descriptor(tensor: Tensor, row: int, heads: int, head: int, box: list[int]) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(128, 16, rank=5)
+    shape = [0x7FFF0000, 0x7FFF0000, END.value, heads, tensor.shape[-1]]
+    return TensorDescriptor(tensor, shape, [2**34 - row, row, row, head, 1], box, layout)
+
+
+@gluon.jit
+def rows_as_pieces(buffer, COUNT: gl.constexpr, C: gl.constexpr):
+    """A buffer of queries or results as the pieces of 64 columns that single copies move."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=5)
+    return reinterpret(buffer, buffer.dtype, [COUNT, 1, 1, C.part_tokens, C.group, 64], layout)
+
+
+@gluon.jit
+def _keys_as_pieces(buffer, WIDTH: gl.constexpr, C: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=5)
+    COUNT: gl.constexpr = C.stages * C.parts * WIDTH // 64
+    return reinterpret(buffer, buffer.dtype, [COUNT, 1, 1, C.span, 1, 64], layout)
+
+
+@gluon.jit
+def filled(full, turn, there, STAGES: gl.constexpr):
+    """Waits until what the turn-th use of its stages brings has arrived, if there is one."""
+    mbarrier.wait(full.index(turn % STAGES), (turn // STAGES) & 1, pred=there)
+
+
+@gluon.jit
+def _emptied(empty, turn, STAGES: gl.constexpr):
+    """Waits until all have read what the stage of the turn-th use held; a new barrier says so of the phase before its first."""
+    mbarrier.wait(empty.index(turn % STAGES), ((turn // STAGES) & 1) ^ 1)
+
+
+@gluon.jit
+def _post(mail, row, q_len, k_len, q_end, head):
+    """Tells the consumers about a tile; row -1 ends their work."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    index = gl.arange(0, 8, layout=layout)
+    note = gl.where(index == 1, q_len, gl.where(index == 0, row, head))
+    note = gl.where(index == 2, k_len, gl.where(index == 3, q_end, note))
+    mail.store(note)
+    thread_barrier()
+
+
+@gluon.jit
+def read(mail):
+    """What _post wrote. Every thread loads all of it, so that taking it apart costs nothing."""
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    note = mail.load(layout)
+    index = gl.arange(0, 8, layout=layout)
+    row = gl.sum(gl.where(index == 0, note, 0), axis=0)
+    q_len = gl.sum(gl.where(index == 1, note, 0), axis=0)
+    k_len = gl.sum(gl.where(index == 2, note, 0), axis=0)
+    q_end = gl.sum(gl.where(index == 3, note, 0), axis=0)
+    head = gl.sum(gl.where(index == 4, note, 0), axis=0)
+    return row, q_len, k_len, q_end, head
+
+
+@gluon.jit
+def _fetch_queries(desc, pieces, bar, stage, head, begin, length, first, WIDTH: gl.constexpr, FROM: gl.constexpr,
+                   C: gl.constexpr):  # fmt: skip
+    """Copies WIDTH columns of a tile's queries, starting at column FROM."""
+    COUNT: gl.constexpr = WIDTH // 64
+    for consumer in gl.static_range(C.consumers):
+        token = first + consumer * C.part_tokens
+        inside = tiles.rows_inside(length, token, C.part_tokens)
+        for column in gl.static_range(COUNT):
+            piece = pieces.index((stage * C.consumers + consumer) * COUNT + column)
+            tma_load(desc, [END, begin + token + inside, END - inside, head * C.group, FROM + column * 64], bar, piece)
+
+
+@gluon.jit
+def _fetch_keys(desc, pieces, bar, stage, source, first, WIDTH: gl.constexpr, FROM: gl.constexpr, C: gl.constexpr):
+    """Copies WIDTH columns of a block of keys or values, starting at column FROM."""
+    table, page_step, head, begin, length, low = source
+    COUNT: gl.constexpr = WIDTH // 64
+    for part in gl.static_range(C.parts):
+        key = first + part * C.span
+        inside = tiles.rows_inside(length, key, C.span)
+        at = head
+        row = begin + key + inside
+        if C.page_size > 0:
+            # A server frees the pages that the window has left behind.
+            if C.has_left:
+                inside = gl.where(key + C.span <= low, 0, inside)
+            at += gl.load(table + key // C.page_size, inside > 0, other=0) * page_step
+            row = key % C.page_size + inside
+        for column in gl.static_range(COUNT):
+            piece = pieces.index((stage * COUNT + column) * C.parts + part)
+            tma_load(desc, [END, row, END - inside, at, FROM + column * 64], bar, piece)
+
+
+@gluon.jit
+def produce(args, C: gl.constexpr):
+    """Deals out the tiles of this program and fetches for them, until there are none."""
+    (descs, buffers, bars, mail, cu_seqlens_q, lengths, table_ptr, table_row, k_pages, v_pages, num_requests, heads, section,
+     kv_group, left, right) = args  # fmt: skip
+    q_desc, k_desc, v_desc = descs
+    q_buf, q_tail, k_buf, k_tail, v_buf = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    KEY_BYTES: gl.constexpr = C.block_n * (C.d + C.tail) * 2
+    VALUE_BYTES: gl.constexpr = C.block_n * C.dv * 2
+    QUERY_BYTES: gl.constexpr = C.consumers * C.rows * (C.d + C.tail) * 2
+    q_pieces = rows_as_pieces(q_buf, C.q_stages * C.consumers * C.d // 64, C)
+    k_pieces = _keys_as_pieces(k_buf, C.d, C)
+    v_pieces = _keys_as_pieces(v_buf, C.dv, C)
+    if C.tail > 0:
+        q_tail_pieces = rows_as_pieces(q_tail, C.q_stages * C.consumers, C)
+        k_tail_pieces = _keys_as_pieces(k_tail, C.tail, C)
+
+    section_tiles = tiles.count_tiles(cu_seqlens_q, lengths, num_requests, C) * section
+    section_end = gl.to_tensor(0)
+    base = gl.to_tensor(0)
+    count = gl.to_tensor(0)
+    level = gl.to_tensor(-1)
+    step = gl.to_tensor(0)
+    kc = gl.to_tensor(0)
+    vc = gl.to_tensor(0)
+    running = gl.to_tensor(1)
+    while running > 0:
+        position = tiles.position_of(step, gl.program_id(0), gl.num_programs(0))
+        if position >= section_end:
+            section_end = (position // gl.maximum(section_tiles, 1) + 1) * section_tiles
+            base = gl.to_tensor(0)
+            level, count = tiles.next_level(cu_seqlens_q, lengths, num_requests, tiles.ABOVE_ALL, C)
+        within = position - (section_end - section_tiles)
+        pair = within // section
+        head = (section_end // gl.maximum(section_tiles, 1) - 1) * section + within - pair * section
+        while (level >= 0) & (pair >= base + count):
+            base += count
+            level, count = tiles.next_level(cu_seqlens_q, lengths, num_requests, level, C)
+        q_stage = step % C.q_stages
+        if (head >= heads) | (section_tiles == 0):
+            _emptied(q_empty, step, C.q_stages)
+            _post(mail.index(q_stage), -1, 0, 0, 0, 0)
+            mbarrier.arrive(q_full.index(q_stage), count=2)
+            running = gl.to_tensor(0)
+        else:
+            request, lowest = tiles.request_at(cu_seqlens_q, lengths, num_requests, level, pair - base, C)
+            q_begin, q_len, k_begin, k_len = tiles.lengths_at(cu_seqlens_q, lengths, request, True, C)
+            row = (level - lowest) * C.tokens
+            first, _, _, end = tiles.key_range(row, q_len, k_len, left, right, C)
+            low = gl.maximum(row + k_len - q_len - left, 0)
+            table = table_ptr + request.to(gl.int64) * table_row
+            keys = (table, k_pages, head // kv_group, k_begin, k_len, low)
+            values = (table, v_pages, head // kv_group, k_begin, k_len, low)
+            # Keys run one block ahead of values: their product comes first.
+            for block in range(end - first + 1):
+                if block < end - first:
+                    stage = kc % C.stages
+                    _emptied(k_empty, kc, C.stages)
+                    mbarrier.expect(k_full.index(stage), KEY_BYTES)
+                    key = (end - 1 - block) * C.block_n
+                    _fetch_keys(k_desc, k_pieces, k_full.index(stage), stage, keys, key, C.d, 0, C)
+                    if C.tail > 0:
+                        _fetch_keys(k_desc, k_tail_pieces, k_full.index(stage), stage, keys, key, C.tail, C.d, C)
+                    kc += 1
+                if block == 0:
+                    # After the keys: the memory of the queries may be in use for longer.
+                    _emptied(q_empty, step, C.q_stages)
+                    _post(mail.index(q_stage), row, q_len, k_len, q_begin + q_len, head)
+                    mbarrier.arrive(q_full.index(q_stage), count=1)
+                    mbarrier.expect(q_full.index(q_stage), QUERY_BYTES)
+                    bar = q_full.index(q_stage)
+                    _fetch_queries(q_desc, q_pieces, bar, q_stage, head, q_begin, q_len, row, C.d, 0, C)
+                    if C.tail > 0:
+                        _fetch_queries(q_desc, q_tail_pieces, bar, q_stage, head, q_begin, q_len, row, C.tail, C.d, C)
+                else:
+                    stage = vc % C.stages
+                    _emptied(v_empty, vc, C.stages)
+                    mbarrier.expect(v_full.index(stage), VALUE_BYTES)
+                    key = (end - block) * C.block_n
+                    _fetch_keys(v_desc, v_pieces, v_full.index(stage), stage, values, key, C.dv, 0, C)
+                    vc += 1
+        step += 1

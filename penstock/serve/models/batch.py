@@ -1,0 +1,19 @@
+"""What one step computes besides its token ids."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Batch:
+    """Decode rows first, then prefill rows: T tokens and B requests, of which num_decodes are decodes with one token each."""
+
+    positions: Tensor  # [T] int32
+    slots: Tensor  # [T] int32, where each token's key and value go; negative: nowhere
+    page_table: Tensor  # [B, maxpages] int32
+    seqlens_k: Tensor  # [B] int32, the new tokens included
+    num_decodes: int
+    cu_seqlens_q: Tensor | None = None  # [B - num_decodes + 1] int32, of the prefill rows; None without any
+    max_seqlen_q: int = 1
+    decode_plan: tuple[Tensor, ...] | None = None
