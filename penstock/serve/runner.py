@@ -34,6 +34,7 @@ class Runner:
         max_model_len: the longest prompt and output together.
         vocab_size, eos_token_ids: of the model.
         states: the recurrent states of the slots, None for a model of attention alone.
+        has_recurrent_state: whether a request has more to remember than its pages.
     """
 
     @classmethod
@@ -84,6 +85,7 @@ class Runner:
         self.num_pages = size.num_pages
         self.max_model_len = size.max_model_len
         self.pool = KVPool(spec, size.num_pages, page_size, dtype=dtype, device=device)
+        self.has_recurrent_state = bool(spec.mambas)
         self.states = StatePool(spec.mambas, config.max_num_seqs, dtype=dtype, device=device) if spec.mambas else None
         states = self.states.layers if self.states is not None else ()
         self.decoder = Decoder(spec, weights, self.pool.layers, max_model_len=size.max_model_len, states=states)
@@ -110,11 +112,6 @@ class Runner:
                     step = partial(self._decode_step, q_len)
                     sizes = padded_sizes(config.max_num_seqs)
                     self._graphs.append(DecodeGraphs(step, sizes, padding, device=device, q_len=q_len, record=record))
-
-    @property
-    def has_recurrent_state(self) -> bool:
-        """As the engine asks."""
-        return self.states is not None
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -227,15 +224,16 @@ class Runner:
         if updates or self._gathered_slots != slots or self._gathered_pages.shape[1] != width:
             self._gathered_pages = self._pages[:, :width].index_select(0, rows)
             self._gathered_slots = slots
+        plan = self.decoder.plan(seqlens, self.page_size, q_len)
         batch = Batch(
-            positions=positions,
-            slots=kv_slots,
-            page_table=self._gathered_pages,
-            seqlens_k=seqlens,
-            num_decodes=len(decodes),
-            decode_plan=self.decoder.plan(seqlens, self.page_size, q_len),
-            q_len=q_len,
+            positions,
+            kv_slots,
+            self._gathered_pages,
+            seqlens,
+            len(decodes),
+            decode_plan=plan,
             state_slots=rows,
+            q_len=q_len,
         )
         return self.decoder.logits(self.decoder.forward(token_ids, batch))
 

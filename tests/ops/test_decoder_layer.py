@@ -21,6 +21,7 @@ from penstock.ops import (
     layer_norm,
     log_probs,
     merge_attention,
+    mla_decode,
     rms_norm,
     rms_norm_quant,
     rope,
@@ -30,6 +31,7 @@ from penstock.ops import (
     silu_and_mul,
     silu_and_mul_quant,
     store_kv,
+    verify_draft,
 )
 
 ROOMS = ("norm", "activation", "rotary", "kvcache", "attention", "sampling")
@@ -61,6 +63,9 @@ def layer(hidden, residual, w, caches, fp8, facts):
     starts = facts["starts"], facts["key_starts"]
     three, lse_3 = attention_prefill(q, keys, values, *starts, max_seqlen_q=1, max_seqlen_k=S, return_lse=True)
     attended, _ = merge_attention(torch.stack((one, two, three)), torch.stack((lse, lse_2, lse_3)))
+    shared = caches.k[:, :, 0].contiguous()
+    latent = mla_decode(q[..., :48].contiguous(), q[..., 48:].contiguous(), shared, table, lengths)
+    attended[..., :48] += latent
     hidden = attended.view(B, HIDDEN) @ w["o"]
     gate = hidden @ w["gate"]
     codes, scale = silu_and_mul_quant(gate, format=INT8_TOKEN)
@@ -68,7 +73,10 @@ def layer(hidden, residual, w, caches, fp8, facts):
     logits = (hidden @ w["head_out"]).float()
     logits = apply_penalties(logits, facts["counts"], facts["mask"], repetition=1.2, presence=0.1, frequency=0.1)
     ids = sample(logits, temperature=0.8, top_k=20, top_p=0.9, seeds=facts["seeds"], offsets=facts["seeds"])
-    return hidden, residual, ids, log_probs(logits, ids, top_n=3)
+    accepted, ids = verify_draft(
+        ids[:, None], None, torch.stack((logits, logits), 1), seeds=facts["seeds"], offsets=facts["seeds"]
+    )
+    return hidden, residual, accepted, log_probs(logits, ids[:, 0].contiguous(), top_n=3)
 
 
 def draw(device):
@@ -111,9 +119,9 @@ def draw(device):
 
 def flat(results, drawn):
     """Every result and every cache, as comparable tensors."""
-    hidden, residual, ids, probabilities = results
+    hidden, residual, accepted, probabilities = results
     caches = [cache.float() for cache in (*drawn[3][:2], *drawn[4])]
-    return [hidden, residual, ids, *(part for part in probabilities if isinstance(part, torch.Tensor)), *caches]
+    return [hidden, residual, accepted, *(part for part in probabilities if isinstance(part, torch.Tensor)), *caches]
 
 
 def agree(got, wanted):

@@ -17,5 +17,5 @@ class Batch:
     cu_seqlens_q: Tensor | None = None  # [B - num_decodes + 1] int32, of the prefill rows; None without any
     max_seqlen_q: int = 1
     decode_plan: tuple[Tensor, ...] | None = None
-    q_len: int = 1  # more than 1 only without prefill rows
     state_slots: Tensor | None = None  # [B] int32, of the requests' recurrent states; negative: nowhere
+    q_len: int = 1  # more than 1 only without prefill rows

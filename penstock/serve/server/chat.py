@@ -136,8 +136,10 @@ def shape_of(request: ChatRequest) -> Shape:
         return Shape(format_grammar(request.response_format))
     if request.response_format is not None and not isinstance(request.response_format, TextFormat):
         raise bad_request('response_format and tools exclude each other unless tool_choice is "none"', param="response_format")
+    callable_now = [tool for tool in tools if named in (None, tool.function.name)]
+    parallel = request.parallel_tool_calls is not False and named is None
     try:
-        return Shape(tools_grammar(tools, named or choice, parallel=request.parallel_tool_calls is not False), tools, named)
+        return Shape(tools_grammar(callable_now, must_call=choice != "auto", parallel=parallel), tools, named)
     except MissingPackage as error:
         raise bad_request(str(error), param="tools") from error
 

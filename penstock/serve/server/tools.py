@@ -16,26 +16,26 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-def tools_grammar(tools: Sequence[Tool], choice: str, *, parallel: bool) -> str:
+def tools_grammar(tools: Sequence[Tool], *, must_call: bool, parallel: bool) -> str:
     """The grammar of answers.
 
     Args:
-        choice: "auto": text and calls; "required": one call, or several; else the name of the function to be called once.
+        tools: what may be called.
+        must_call: nothing but calls; otherwise text and calls.
         parallel: whether there may be several calls.
     """
-    named = [tool for tool in tools if tool.function.name == choice] or list(tools)
-    rules = [f"body: {' | '.join(f'body_{index}' for index in range(len(named)))}"]
-    for index, tool in enumerate(named):
+    rules = [f"body: {' | '.join(f'body_{index}' for index in range(len(tools)))}"]
+    for index, tool in enumerate(tools):
         schema = {"x-guidance": {"whitespace_pattern": WHITESPACE}, **(tool.function.parameters or NO_ARGUMENTS)}
         begin = f'\n{{"name": "{tool.function.name}", "arguments": '
         rules.append(f"body_{index}: {json.dumps(begin)} %json {json.dumps(schema)} {json.dumps('}' + chr(10) + CLOSE)}")
-    if choice == "auto":
-        rules.append(f"call: lead body\nlead[lazy]: /(.|\\n)*/ {json.dumps(OPEN)}")
-        rules.append(f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{OPEN}(.|\\n)*/")
-        start = "call* TEXT" if parallel else "TEXT | call"
-    else:
+    if must_call:
         rules.append(f"call: {json.dumps(OPEN)} body")
-        start = 'call ("\\n" call)*' if parallel and choice == "required" else "call"
+        start = 'call ("\\n" call)*' if parallel else "call"
+    else:
+        # A lazy rule ends where it can: text that holds OPEN is always the lead of a call.
+        rules.append(f"call: lead body\nlead[lazy]: TEXT {json.dumps(OPEN)}\nTEXT: /(.|\\n)*/")
+        start = "call* TEXT" if parallel else "TEXT | call"
     return lark("\n".join(["%llguidance {}", f"start: {start}", *rules]))
 
 

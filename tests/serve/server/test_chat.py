@@ -185,6 +185,16 @@ def test_a_named_call(client, stream):
     assert json.loads(calls[0][1])["city"] in ("Basel", "Turin")
 
 
+def test_functions_may_have_the_names_of_choices(client):
+    tools = [{"type": "function", "function": {"name": name}} for name in ("auto", "required", "none")]
+    for name in ("auto", "required", "none"):
+        choice = {"type": "function", "function": {"name": name}}
+        assert calls_of(client, False, tools=tools, tool_choice=choice)[0] == [(name, "{}")]
+    calls, _, _ = calls_of(client, False, tools=tools, tool_choice="required", parallel_tool_calls=False, seed=11)
+    assert calls[0][0] in ("auto", "required", "none")
+    assert calls_of(client, False, tools=tools, tool_choice="auto", max_tokens=12)[1]
+
+
 def test_auto_may_answer_in_text(client):
     calls, content, reason = calls_of(client, False, tool_choice="auto", max_tokens=12)
     assert calls == [] and content and reason in ("length", "stop")
