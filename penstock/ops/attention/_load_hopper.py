@@ -33,6 +33,19 @@ def keys_descriptor(keys: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
     return _descriptor(keys, stride(keys, 1), heads, head, box), page
 
 
+def dealt_descriptor(keys: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
+    """[page and head, sixteen, four, key of four, column] of keys [P, S, Hkv, D]; also the steps of a page.
+
+    A copy takes two keys of every four, so that of each sixteen keys of a block those that a thread multiplies with values
+    next to each other are those whose scores it holds.
+    """
+    heads, head, page = _page_steps(keys)
+    row = stride(keys, 1)
+    layout = gl.NVMMASharedLayout(128, tile.bits, rank=5)
+    shape, box = [heads, keys.shape[1] // 16, 4, 4, keys.shape[3]], [1, tile.block_n // 16, 4, 2, tile.columns]
+    return TensorDescriptor(keys, shape, [head, 16 * row, 4 * row, row, 1], box, layout), page
+
+
 def turned_descriptor(values: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
     """[page and head, column, slot] of values [P, S, Hkv, Dv] whose slots are next to each other; also the steps of a page."""
     heads, head, page = _page_steps(values)
@@ -77,7 +90,11 @@ def rows_as_pieces(buffer, COUNT: gl.constexpr, BITS: gl.constexpr, C: gl.conste
 def _keys_as_pieces(buffer, WIDTH: gl.constexpr, C: gl.constexpr):
     layout: gl.constexpr = gl.NVMMASharedLayout(128, C.bits, rank=5)
     COUNT: gl.constexpr = C.stages * C.parts * WIDTH // C.columns
-    return reinterpret(buffer, buffer.dtype, [COUNT, 1, 1, C.span, 1, C.columns], layout)
+    if C.kind == "fp8":
+        pieces = reinterpret(buffer, buffer.dtype, [2 * C.stages, 1, C.block_n // 16, 4, 2, C.columns], layout)
+    else:
+        pieces = reinterpret(buffer, buffer.dtype, [COUNT, 1, 1, C.span, 1, C.columns], layout)
+    return pieces
 
 
 @gluon.jit
@@ -162,20 +179,14 @@ def _fetch_keys(desc, pieces, bar, stage, source, first, WIDTH: gl.constexpr, FR
 
 
 @gluon.jit
-def _fetch_slots(desc, piece, bar, source, first, SCALES: gl.constexpr, C: gl.constexpr):
-    """Copies a block of values, or of scales of keys, out of the page that holds it all."""
+def _place(source, first, C: gl.constexpr):
+    """(page and head, slot) of a block that one page holds; where none is needed, a page beyond the last, which reads as 0."""
     table, page_step, head, _, length, low = source
     wanted = first < length
     if C.has_left:
         wanted = wanted & (first + C.block_n > low)
-    # A page that nobody needs: one beyond the last, which arrives as zeros.
     at = head + gl.load(table + first // C.page_size, wanted, other=0) * page_step
-    at = gl.where(wanted, at, tiles.ABOVE_ALL)
-    slot = first % C.page_size
-    if SCALES:
-        tma_load(desc, [at, slot], bar, piece)
-    else:
-        tma_load(desc, [at, 0, slot], bar, piece)
+    return gl.where(wanted, at, tiles.ABOVE_ALL), first % C.page_size
 
 
 @gluon.jit
@@ -242,11 +253,18 @@ def produce(args, C: gl.constexpr):
                     _emptied(k_empty, kc, C.stages)
                     mbarrier.expect(k_full.index(stage), KEY_BYTES)
                     key = (end - 1 - block) * C.block_n
-                    _fetch_keys(k_desc, k_pieces, k_full.index(stage), stage, keys, key, C.d, 0, C)
+                    if C.kind == "fp8":
+                        page, slot = _place(keys, key, C)
+                        for half in gl.static_range(2):
+                            at = [page, slot // 16, 0, 2 * half, 0]
+                            tma_load(k_desc, at, k_full.index(stage), k_pieces.index(2 * stage + half))
+                    else:
+                        _fetch_keys(k_desc, k_pieces, k_full.index(stage), stage, keys, key, C.d, 0, C)
                     if C.tail > 0:
                         _fetch_keys(k_desc, k_tail_pieces, k_full.index(stage), stage, keys, key, C.tail, C.d, C)
                     if C.token_scales:
-                        _fetch_slots(scale_desc, scale_buf.index(stage), k_full.index(stage), scales, key, True, C)
+                        page, slot = _place(scales, key, C)
+                        tma_load(scale_desc, [page, slot], k_full.index(stage), scale_buf.index(stage))
                     kc += 1
                 if block == 0:
                     # After the keys: the memory of the queries may be in use for longer.
@@ -264,7 +282,8 @@ def produce(args, C: gl.constexpr):
                     mbarrier.expect(v_full.index(stage), VALUE_BYTES)
                     key = (end - block) * C.block_n
                     if C.kind == "fp8":
-                        _fetch_slots(v_desc, v_pieces.index(stage), v_full.index(stage), values, key, False, C)
+                        page, slot = _place(values, key, C)
+                        tma_load(v_desc, [page, 0, slot], v_full.index(stage), v_pieces.index(stage))
                     else:
                         _fetch_keys(v_desc, v_pieces, v_full.index(stage), stage, values, key, C.dv, 0, C)
                     vc += 1

@@ -4,7 +4,7 @@ A thread holds two rows, and in each of them two neighbouring columns of every e
 middle index numbers registers, so that what depends on it is known when compiling.
 """
 
-from penstock.core.gluon import gl, gluon
+from penstock.core.gluon import gl, gluon, reinterpret
 
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -23,6 +23,10 @@ def masked(s, own_first, n0, k_len, left, right, C: gl.constexpr):
     layout: gl.constexpr = split.type.layout
     eights = gl.arange(0, C.block_n // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout))) * 8
     ones = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    if C.kind == "fp8":
+        # Keys are dealt out as `load.dealt_descriptor` has them: 8 · half + sixteen, 2 · four + key.
+        eights = eights % (C.block_n // 2) * 2 + eights // (C.block_n // 2) * 2
+        ones = ones // 2 * 4 + ones % 2
     rows = gl.arange(0, C.rows, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     own = own_first - n0 + rows // C.group
     last = rows * 0 + (k_len - 1 - n0)
@@ -117,18 +121,51 @@ def finish(m, l, score_scale, sink, C: gl.constexpr):
 
 
 @gluon.jit
+def scale_keys(s, scales, C: gl.constexpr):
+    """FP8 scores times the scales of their keys, which stand in shared memory in the order of the keys."""
+    dealt = gl.reshape(s, [C.rows, 2, C.block_n // 16, 4, 2])
+    layout: gl.constexpr = dealt.type.layout
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    scales = reinterpret(scales, gl.float32, [C.block_n // 16, 4, 2, 2], plain).permute((2, 0, 1, 3))
+    factors = gl.expand_dims(scales.load(gl.SliceLayout(0, layout)), 0)
+    return gl.convert_layout(gl.reshape(dealt * factors, [C.rows, C.block_n]), C.scores_layout, assert_trivial=True)
+
+
+@gluon.jit
+def held(p, C: gl.constexpr):
+    """Weights as they are kept from step to step: rounded, but for FP8, whose codes a loop would carry in a register each."""
+    if C.kind != "fp8":
+        p = as_operand(p, C)
+    return p
+
+
+@gluon.jit
+def taken(p, C: gl.constexpr):
+    """Held weights as the left operand of a product."""
+    if C.kind == "fp8":
+        p = as_operand(p, C)
+    return p
+
+
+@gluon.jit
 def as_operand(p, C: gl.constexpr):
     """Weights in the accumulator's layout, rounded and relabelled as the left operand of the next product; nothing moves.
 
-    A plain cast compiles to one conversion a value and a byte permutation; this is one instruction for a pair. Of FP8's codes
-    four are neighbours in the operand and two in the accumulator: they change places within groups of four threads.
+    A plain cast compiles to one conversion a value and permutations of bytes; here a register's worth is converted at once.
     """
+    operand: gl.constexpr = gl.DotOperandLayout(0, C.result_layout, 4 // C.itemsize)
     if C.kind == "fp8":
-        pairs = p.to(gl.float8e4nv)
+        dealt = gl.permute(gl.reshape(p, [C.rows, 2, C.block_n // 16, 4, 2]), (0, 2, 3, 1, 4))
+        p = gl.convert_layout(gl.reshape(dealt, [C.rows, C.block_n]), operand, assert_trivial=True)
+        codes = gl.inline_asm_elementwise(
+            "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; "
+            "mov.b32 $0, {a, b}; }",
+            "=r,r,r,r,r", [p], dtype=gl.float8e4nv, is_pure=True, pack=4,
+        )  # fmt: skip
     elif C.kind == "bf16":
-        pairs = gl.inline_asm_elementwise(
+        codes = gl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.bfloat16, is_pure=True, pack=2
         )
     else:
-        pairs = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.float16, is_pure=True, pack=2)
-    return gl.convert_layout(pairs, gl.DotOperandLayout(0, C.result_layout, 4 // C.itemsize))
+        codes = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.float16, is_pure=True, pack=2)
+    return gl.convert_layout(codes, operand, assert_trivial=True)

@@ -107,7 +107,7 @@ def _finished(o_running, p, OUTSTANDING: gl.constexpr, C: gl.constexpr):
 def _scores(s, buffers, kc, cap_scale, C: gl.constexpr):
     """Raw scores with the scales of their keys and the cap."""
     if C.token_scales:
-        s = s * buffers[5].index(kc % C.stages).load(C.scores_layout)
+        s = softmax.scale_keys(s, buffers[5].index(kc % C.stages), C)
     if C.has_cap:
         s = softmax.tanh(softmax.times(s, cap_scale, C))
     return s
@@ -144,6 +144,7 @@ def _step(state, buffers, bars, kc, part, more, own_first, n0, k_len, scalars, c
         _take_turn(consumer)
     s_running = _multiply_keys(buffers, kc, part, C)
     load.filled(v_full, vc, True, C.stages)
+    p = softmax.taken(p, C)
     o_running = warpgroup_mma(p, _values(buffers, vc, C), o, is_async=True)
     if C.pingpong:
         _give_turn((consumer + 1) % C.consumers)
@@ -156,7 +157,7 @@ def _step(state, buffers, bars, kc, part, more, own_first, n0, k_len, scalars, c
     load.filled(k_full, kc + 1, more, C.stages)
     o = _finished(o_running, p, 0, C)
     mbarrier.arrive(v_empty.index(vc % C.stages), count=1)
-    return softmax.scaled(o, alpha), softmax.as_operand(weights, C), m, l
+    return softmax.scaled(o, alpha), softmax.held(weights, C), m, l
 
 
 @gluon.jit
@@ -221,7 +222,7 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
         mbarrier.arrive(k_empty.index(kc % C.stages), count=1)
         s = softmax.masked(s, own_first, (end - 1) * C.block_n, k_len, left, right, C)
         weights, m, l = softmax.begin(s, scalars[3], C)
-        p = softmax.as_operand(weights, C)
+        p = softmax.held(weights, C)
         o = gl.zeros([C.rows, C.dv], gl.float32, layout=C.result_layout)
         if C.kind == "fp8" and end * C.block_n > k_len:
             load.filled(v_full, kc, True, C.stages)
@@ -250,6 +251,7 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
 
         vc = kc - 1
         load.filled(v_full, vc, True, C.stages)
+        p = softmax.taken(p, C)
         o_running = warpgroup_mma(p, _values(buffers, vc, C), o, is_async=True)
         sink = gl.load(sinks_ptr + own_head, own_head < num_sinks, other=float("-inf")).to(gl.float32) * softmax.LOG2E
         factor, lse = softmax.finish(m, l, scalars[3], sink, C)
@@ -514,7 +516,7 @@ def launch(
     )
     num_requests = cu_seqlens_q.shape[0] - 1
     most_tiles = (num_rows // tile.tokens + num_requests) * (Hq // packed)
-    k_descriptor, k_pages = load.keys_descriptor(k, tile)
+    k_descriptor, k_pages = (load.dealt_descriptor if fp8 else load.keys_descriptor)(k, tile)
     v_descriptor, v_pages = (load.turned_descriptor if fp8 else load.keys_descriptor)(v, tile)
     scale_descriptor, scale_pages = (k_descriptor, 0)
     if k_scale is not None and tile.token_scales:

@@ -139,6 +139,8 @@ class Shared:
         return Shared(self.flat[index * size : (index + 1) * size], self.shape[1:])
 
     def permute(self, order):
+        if len(self.shape) > 2:
+            return Plain(self.flat.view(self.shape).permute(order))
         assert order == (1, 0)
         return Shared(self.flat, self.shape, not self.turned)
 
@@ -159,6 +161,16 @@ class Shared:
 
     def load(self, layout):
         return Block(self.flat.clone().long() if len(self.shape) == 1 else self.matrix().clone())
+
+
+class Plain:
+    """Shared memory that is not swizzled, seen in several dimensions."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def load(self, layout):
+        return Block(self.data.clone())
 
 
 def reinterpret(buffer, dtype, shape, layout):
@@ -245,7 +257,7 @@ def _named_barrier(text, number):
 def inline_asm(text, constraints, arguments, dtype, is_pure, pack):
     if text.startswith("bar."):
         return _named_barrier(text, arguments[0])
-    assert text.startswith("cvt.rn.")
+    assert "cvt.rn." in text
     return Block(arguments[0].data.to(dtype))
 
 
@@ -416,6 +428,7 @@ gl = SimpleNamespace(
     arange=lambda begin, end, layout=None: Block(torch.arange(begin, end)),
     zeros=lambda shape, dtype, layout=None: Block(torch.zeros(shape, dtype=dtype)),
     expand_dims=lambda block, axis: Block(block.data.unsqueeze(axis), block.memory),
+    permute=lambda block, order: Block(block.data.permute(order)),
     reshape=lambda block, shape: Block(block.data.reshape(shape), block.memory),
     convert_layout=lambda block, layout, assert_trivial=False: block,
     exp2=lambda block: Block(torch.exp2(block.data)),
