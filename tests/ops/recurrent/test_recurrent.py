@@ -186,9 +186,7 @@ def test_errors_of_states_name_the_argument():
 
 
 def test_what_a_program_cannot_hold_is_refused_with_a_reason():
-    with pytest.raises(
-        NotSupported, match=r"P up to 128, even above 64, .* these are 144 and 16"
-    ):
+    with pytest.raises(NotSupported, match=r"P up to 128, even above 64, .* these are 144 and 16"):
         ssd_prefill(**mamba2(4, P=144), cu_seqlens=cumulative(4), impl="triton")
 
 
