@@ -175,6 +175,7 @@ def test_a_good_file_passes():
         ("import penstock.ops", ("transformers", "triton")),
         ("import penstock.serve.scheduler", ("torch", "transformers")),
         ("from penstock import SamplingParams", ("torch", "transformers")),
+        ("import penstock.serve.llm, penstock.serve.grammar", ("fastapi", "uvicorn", "prometheus_client", "llguidance")),
     ],
 )
 def test_import_is_light(statement, absent):

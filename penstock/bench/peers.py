@@ -6,6 +6,7 @@ the case. Peers are imported when they are prepared; a missing package is a reas
     PEERS["rms_norm"]["torch F.rms_norm"](arguments)() -> tensor
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -253,12 +254,67 @@ def _index_pages(arguments: Arguments) -> Call | str:
     return call
 
 
+# ---- what a fused operator replaces: our own separate kernels
+
+
+def _ours(name: str) -> Op:
+    return vars(importlib.import_module("penstock.ops"))[name]
+
+
+def _norm_then_quantize(arguments: Arguments) -> Call | str:
+    quantize, scale = _ours("quantize"), arguments.get("scale")
+    options = {name: arguments[name] for name in ("eps", "weight_offset") if name in arguments}
+    x, weight, residual = arguments["x"], arguments["weight"], arguments.get("residual")
+
+    def call() -> tuple[Tensor, ...]:
+        if residual is None:
+            y, *total = (_ours("rms_norm")(x, weight, **options),)
+        else:
+            y, *total = _ours("add_rms_norm")(x, residual, weight, **options)
+        return (*quantize(y, format=arguments["format"], scale=scale), *total)
+
+    return call
+
+
+def _gate_then_quantize(arguments: Arguments) -> Call | str:
+    silu_and_mul, quantize = _ours("silu_and_mul"), _ours("quantize")
+    return lambda: quantize(silu_and_mul(arguments["x"]), format=arguments["format"], scale=arguments.get("scale"))
+
+
+def _norm_rope_store(arguments: Arguments) -> Call | str:
+    norm, rope, hadamard, quantize, store = map(_ours, ("rms_norm", "rope", "hadamard", "quantize", "store_kv"))
+    Hkv, D = arguments["k_cache"].shape[2:]
+    heads = arguments["qkv"].view(len(arguments["qkv"]), -1, D)
+    first, format = arguments.get("norm_first", True), arguments["format"]
+    token = None if format is None else importlib.import_module("penstock.core.formats").FP8_TOKEN
+    weights = arguments.get("q_norm"), arguments.get("k_norm")
+
+    def normed(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x if weight is None else norm(x, weight) for x, weight in zip((q, k), weights, strict=True))
+
+    def call() -> Any:
+        q, k, v = heads.split((heads.shape[1] - 2 * Hkv, Hkv, Hkv), 1)
+        q, k = normed(q, k) if first else (q, k)
+        q, k = rope(q, k, arguments["cos_sin"], arguments["positions"])
+        q, k = (q, k) if first else normed(q, k)
+        if arguments.get("hadamard"):
+            q, k = hadamard(q), hadamard(k)
+        scales = {name: arguments.get(name) for name in ("k_scale", "v_scale")}
+        store(k, v, arguments["k_cache"], arguments["v_cache"], arguments["slots"], format=format, **scales)
+        return q if token is None else quantize(q, format=token)
+
+    return call
+
+
 PEERS: dict[str, dict[str, Peer]] = {
     "rms_norm": {"torch F.rms_norm": _plain_norm},
     "add_rms_norm": {"torch add, F.rms_norm": _add_then_norm},
     "layer_norm": {"torch F.layer_norm": _layer_norm},
     "silu_and_mul": {"torch silu, mul": _gated(F.silu)},
     "attention_prefill": {"SDPA cuDNN": _sdpa("CUDNN_ATTENTION"), "SDPA flash": _sdpa("FLASH_ATTENTION")},
+    "rms_norm_quant": {"separate kernels": _norm_then_quantize},
+    "silu_and_mul_quant": {"separate kernels": _gate_then_quantize},
+    "rope_norm_store_kv": {"separate kernels": _norm_rope_store},
     "store_kv": {"torch index_copy_": _index_copy},
     "gather_kv": {"torch index_select": _index_select},
     "copy_pages": {"torch indexing": _index_pages},

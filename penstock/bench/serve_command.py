@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -79,10 +80,12 @@ def serve(
             row = asyncio.run(run(server.url, server.model, load, objectives, key=key))
             rows.append(row)
             console.print(row.line, markup=False)
-            document["rows"].append(as_json(row))
+            document["rows"].append(as_json(row) | {"load_average": round(os.getloadavg()[0], 1)})
             record.write_json(folder / "serve.json", document)  # after every rate: a later one may take too long
     console.print(f"@done {folder / 'serve.json'}", markup=False)
-    if find_spec("matplotlib") is None:
+    if all(row.rate is None for row in rows):
+        console.print("no plot: there is no rate to plot against", markup=False)
+    elif find_spec("matplotlib") is None:
         console.print("no plot: it needs the package matplotlib: pip install 'penstock[bench]'", markup=False)
     else:
         plot(rows, document, folder / "serve.png")
@@ -145,12 +148,14 @@ def plot(rows: Sequence[Row], document: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     offered = [row for row in rows if row.rate is not None]
-    rates = [row.rate for row in offered]
+    rates = [row.rate for row in offered if row.rate is not None]
     figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
     for axis, (name, title) in zip(axes, PLOTTED, strict=False):
         for percentile in ("p50", "p90", "p99"):
             axis.plot(rates, [getattr(row, name)[percentile] * 1e3 for row in offered], marker="o", label=percentile)
         axis.set(title=title, ylabel="ms", yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.legend()
     axes[3].plot(rates, [row.requests_per_second for row in offered], marker="o", label="served")
     axes[3].plot(rates, [row.goodput for row in offered], marker="o", label="goodput")
@@ -159,6 +164,8 @@ def plot(rows: Sequence[Row], document: dict[str, Any], path: Path) -> None:
     axes[3].legend()
     for axis in axes:
         axis.set(xlabel="requests/s offered", xscale="log")
+        axis.set_xticks(rates, labels=[f"{rate:g}" for rate in rates])
+        axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
     environment = document["environment"]
     lengths = f"{document['prompt_tokens']} tokens in, {document['output_tokens']} out"

@@ -46,6 +46,8 @@ from penstock.integrations.hpc_ops_moe import (
     reformat_x_scale,
 )
 from penstock.ops.activation.silu_and_mul_quant import silu_and_mul_quant as _silu_and_mul_quant
+from penstock.ops.matmul.counters import gemm_counters as _gemm_counters
+from penstock.ops.matmul.gemm_bf16_fp32 import gemm_bf16_fp32 as _gemm_bf16_fp32
 from penstock.ops.norm.rms_norm import rms_norm as _rms_norm
 from penstock.ops.norm.rms_norm_quant import rms_norm_quant as _rms_norm_quant
 from penstock.ops.quantization.quantize import quantize as _quantize
@@ -68,7 +70,9 @@ __all__ = [
     "fuse_moe_pertensor_fp8",
     "fused_rmsnorm_with_scale",
     "fused_sampler",
+    "gemm_bf16xfp32",
     "get_attention_decode_task_workspace",
+    "get_gemm_bf16xfp32_workspace",
     "group_gemm_blockwise_fp8",
     "group_gemm_fp8",
     "group_gemm_pertensor_fp8",
@@ -85,8 +89,6 @@ NOT_COVERED = {
     "print_attention_decode_task": "task maps of hpc-ops' own schedule",
     "count_and_gather": "a single stage of a mixture of experts",
     "reduce": "a single stage of a mixture of experts",
-    "gemm_bf16xfp32": "matrix products",
-    "get_gemm_bf16xfp32_workspace": "matrix products",
     "fuse_allreduce_rmsnorm_high_throughput": "communication",
     "fuse_allreduce_rmsnorm_low_latency": "communication",
     "empty_multimem": "communication",
@@ -176,6 +178,30 @@ def masked_act_mul_and_blockwise_quant(
 def scaled_fp8_quant(input: Tensor, scale: Tensor, output: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(input / scale in FP8, scale)."""
     return _quantize(input, format=FP8_TENSOR, scale=scale.view(1), out=(output, None))
+
+
+# ---- products
+
+
+def get_gemm_bf16xfp32_workspace(max_weight_hidden_size: int, max_tokens: int = 131072) -> Tensor:
+    """Zeros that gemm_bf16xfp32 leaves zero; their number does not depend on the sizes."""
+    return _gemm_counters("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def gemm_bf16xfp32(
+    x: Tensor,
+    w_high: Tensor,
+    w_low: Tensor,
+    scale: Tensor | float,
+    use_fp32_output: bool = False,
+    use_splitk: bool = True,
+    split_flag: Tensor | None = None,
+) -> Tensor:
+    """x · (w_high + w_low / 256)ᵀ by gemm_bf16_fp32, in float32 or bfloat16; scale must be 1 / 256 and is read by the host."""
+    if float(scale) != 1 / 256:
+        _refuse("gemm_bf16xfp32", f"scale={float(scale)}; the low part is 256 times what the high part left")
+    dtype = torch.float32 if use_fp32_output else torch.bfloat16
+    return _gemm_bf16_fp32(x, w_high, w_low, out_dtype=dtype, counters=split_flag)
 
 
 # ---- sampling

@@ -1,7 +1,7 @@
 """hpc.attention and hpc.rope over our operators; hpc_ops.py exports what is public here."""
 
 from enum import Enum
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from penstock.ops.kvcache.store_kv import store_kv as _store_kv
 from penstock.ops.norm.rms_norm import rms_norm as _rms_norm
 from penstock.ops.quantization.quantize import quantize as _quantize
 from penstock.ops.rotary.rope import rope as _rope
+from penstock.ops.rotary.rope_norm_store_kv import rope_norm_store_kv as _rope_norm_store_kv
 
 
 def refuse(name: str, what: str) -> NoReturn:
@@ -213,15 +214,14 @@ def rope_norm_store_kv(
     Stored in the pages, or written to out_k and out_v where both are given. Rows of no request, and requests of length 0, are
     padding: they are stored nowhere.
     """
+    places = _places(qkv.shape[0], num_seqlen_per_req, q_index, kvcache_indices, key_cache.shape[1])
+    pages = _pages("rope_norm_store_kv", key_cache, value_cache, places.slots, out_k, out_v)
+    norms = _norms(q_norm_weight, k_norm_weight, qk_norm_policy)
+    if key_cache.shape[3] == value_cache.shape[3]:
+        return _rope_norm_store_kv(qkv, cos_sin, places.positions, pages.slots, *pages[:2], out=out_q, **norms)
     q, k, v = _split(qkv, key_cache, value_cache)
-    positions, slots, _, _ = _places(qkv.shape[0], num_seqlen_per_req, q_index, kvcache_indices, key_cache.shape[1])
-    q, k = _rotated(q, k, cos_sin, positions, q_norm_weight, k_norm_weight, qk_norm_policy)
-    outside = _outside_pages("rope_norm_store_kv", out_k, out_v)
-    if outside is None:
-        _store_kv(k, v, key_cache, value_cache, slots)
-    else:
-        outside[0].copy_(k)
-        outside[1].copy_(v)
+    q, k = _rotated(q, k, cos_sin, places.positions, **norms)
+    _store_kv(k, v, *pages)
     return q if out_q is None else out_q.copy_(q)
 
 
@@ -255,29 +255,31 @@ def rope_norm_store_kv_fp8(
     """
     if upper_max is not None and upper_max != 448.0:
         refuse("rope_norm_store_kv_fp8", f"upper_max={upper_max}; FP8 is quantised to ±448")
-    q, k, v = _split(qkv, key_cache, value_cache)
-    places = _places(qkv.shape[0], num_seqlen_per_req, q_index, kvcache_indices, key_cache.shape[1])
-    positions, slots, request, offset = places
-    q, k = _rotated(q, k, cos_sin, positions, q_norm_weight, k_norm_weight, qk_norm_policy)
-    scale: Tensor | None = None
-    if quant_policy == 1:
-        stored, scale = _quantize(q, format=FP8_TOKEN, out=(out_q, None))
-    elif quant_policy == 2 and q_scale_inv is not None:
-        stored, _ = _quantize(q, format=FP8_TENSOR, scale=q_scale_inv.reciprocal(), out=(out_q, None))
-    else:
+    if quant_policy not in (1, 2) or (quant_policy == 2 and q_scale_inv is None):
         refuse("rope_norm_store_kv_fp8", f"quant_policy={quant_policy} with q_scale_inv={q_scale_inv}")
-    outside = _outside_pages("rope_norm_store_kv_fp8", out_k, out_v)
-    if outside is None:
-        _store_kv(k, v, key_cache, value_cache, slots, format=FP8_TENSOR, k_scale=k_scale, v_scale=v_scale)
+    places = _places(qkv.shape[0], num_seqlen_per_req, q_index, kvcache_indices, key_cache.shape[1])
+    pages = _pages("rope_norm_store_kv_fp8", key_cache, value_cache, places.slots, out_k, out_v)
+    norms = _norms(q_norm_weight, k_norm_weight, qk_norm_policy)
+    scales = {"format": FP8_TENSOR, "k_scale": k_scale, "v_scale": v_scale}
+    scale: Tensor | None = None
+    if quant_policy == 1 and key_cache.shape[3] == value_cache.shape[3]:
+        inputs = (qkv, cos_sin, places.positions, pages.slots, *pages[:2])
+        stored, scale = _rope_norm_store_kv(*inputs, out=(out_q, None), **norms, **scales)
     else:
-        _quantize(k, format=FP8_TENSOR, scale=k_scale, out=(outside[0], None))
-        _quantize(v, format=FP8_TENSOR, scale=v_scale, out=(outside[1], None))
+        q, k, v = _split(qkv, key_cache, value_cache)
+        q, k = _rotated(q, k, cos_sin, places.positions, **norms)
+        _store_kv(k, v, *pages, **scales)
+        if q_scale_inv is None or quant_policy == 1:
+            stored, scale = _quantize(q, format=FP8_TOKEN, out=(out_q, None))
+        else:
+            stored, _ = _quantize(q, format=FP8_TENSOR, scale=q_scale_inv.reciprocal(), out=(out_q, None))
     requests = num_seqlen_per_req.shape[0]
     if is_prefill and scale is not None:
         # One column more takes the scales of rows of no request.
         longest = -(-max_seqlens // 128) * 128
-        by_request = scale.new_zeros(requests, q.shape[1], longest + 1)
-        by_request[request, :, torch.where(positions < 0, longest, offset.clamp(max=longest))] = scale
+        by_request = scale.new_zeros(requests, scale.shape[1], longest + 1)
+        column = torch.where(places.positions < 0, longest, places.offsets.clamp(max=longest))
+        by_request[places.requests, :, column] = scale
         scale = by_request[:, :, :longest]
     flags = torch.zeros(requests, key_cache.shape[2], dtype=torch.int32, device=qkv.device)
     return stored, scale, flags
@@ -291,13 +293,31 @@ def _split(qkv: Tensor, key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor,
     return q.unflatten(1, (-1, dim)), k.unflatten(1, (heads, dim)), v.unflatten(1, (heads, value_dim))
 
 
-def _outside_pages(name: str, out_k: Tensor | None, out_v: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Where k and v go instead of the pages."""
+class _Pages(NamedTuple):
+    """Where new keys and values go."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+    slots: Tensor
+
+
+def _pages(
+    name: str, key_cache: Tensor, value_cache: Tensor, slots: Tensor, out_k: Tensor | None, out_v: Tensor | None
+) -> _Pages:
+    """The caches, or out_k and out_v as pages of one row each."""
     if out_k is None and out_v is None:
-        return None
+        return _Pages(key_cache, value_cache, slots)
     if out_k is None or out_v is None:
         refuse(name, "one of out_k and out_v without the other")
-    return out_k, out_v
+    rows = torch.arange(slots.shape[0], dtype=torch.int32, device=slots.device)
+    return _Pages(out_k[:, None], out_v[:, None], rows)
+
+
+def _norms(q_weight: Tensor | None, k_weight: Tensor | None, policy: int) -> dict[str, Any]:
+    """The norms of heads as rope_norm_store_kv takes them."""
+    if policy not in (0, 1, 2) or (policy and (q_weight is None or k_weight is None)):
+        raise ValueError(f"qk_norm_policy must be 0, 1 or 2, with q_norm_weight and k_norm_weight unless 0, got {policy}")
+    return {"q_norm": q_weight, "k_norm": k_weight, "norm_first": policy == 2} if policy else {}
 
 
 def owners(rows: int, q_index: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,17 +327,23 @@ def owners(rows: int, q_index: Tensor) -> tuple[Tensor, Tensor]:
     return request, (row - q_index[request]).long()
 
 
-def _places(
-    rows: int, seqlens: Tensor, q_index: Tensor, table: Tensor, page_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(position, slot) int32 of each packed row, -1 for padding, and what owners says."""
+class _Places(NamedTuple):
+    """Of each packed row: position and slot, int32 and -1 for padding, and what `owners` says."""
+
+    positions: Tensor
+    slots: Tensor
+    requests: Tensor
+    offsets: Tensor
+
+
+def _places(rows: int, seqlens: Tensor, q_index: Tensor, table: Tensor, page_size: int) -> _Places:
     request, offset = owners(rows, q_index)
     length = q_index[request + 1] - q_index[request]
     position = (seqlens[request] - length + offset).clamp(min=-1)
     position = torch.where(offset < length, position, -1)
     page = table[request, (position // page_size).clamp(0, table.shape[1] - 1)]
     slot = torch.where((position >= 0) & (page >= 0), page * page_size + position % page_size, -1)
-    return position.int(), slot.int(), request, offset
+    return _Places(position.int(), slot.int(), request, offset)
 
 
 def _rotated(
@@ -325,15 +351,14 @@ def _rotated(
     k: Tensor,
     cos_sin: Tensor,
     positions: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    policy: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    if policy not in (0, 1, 2) or (policy and (q_weight is None or k_weight is None)):
-        raise ValueError(f"qk_norm_policy must be 0, 1 or 2, with q_norm_weight and k_norm_weight unless 0, got {policy}")
-    if policy == 2:
-        q, k = _rms_norm(q, q_weight), _rms_norm(k, k_weight)
+    """The norms and the rotation of rope_norm_store_kv, one after another."""
+    if norm_first and q_norm is not None and k_norm is not None:
+        q, k = _rms_norm(q, q_norm), _rms_norm(k, k_norm)
     q, k = _rope(q, k, cos_sin, positions)
-    if policy == 1:
-        q, k = _rms_norm(q, q_weight), _rms_norm(k, k_weight)
+    if not norm_first and q_norm is not None and k_norm is not None:
+        q, k = _rms_norm(q, q_norm), _rms_norm(k, k_norm)
     return q, k

@@ -108,22 +108,23 @@ def enable(model: Any) -> Report:
     Args:
         model: a PreTrainedModel made of Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Gemma, Gemma2 or Gemma3 layers.
     Returns: what was replaced, and what was left and why; `print` it. The same report again when the model is enabled already.
-    Raises: NotSupported when no layer of the model is known. Later, inside the model, NotSupported for a mask or an option
-        that attention cannot express, and where gradients are asked for: nothing falls back to the host's implementation.
+    Raises: TypeError for another kind of model; NotSupported when no layer of it is known. Later, inside the model,
+        NotSupported for a mask or an option that attention cannot express, and where gradients are asked for: nothing falls
+        back to the host's implementation.
     """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"enable: `model` must be a PreTrainedModel of transformers, got {type(model).__name__}")
     if _ENABLED in vars(model):
         return vars(model)[_ENABLED].report
     swap = _Swap(model)
-    for module in model.modules():
-        name, family = type(module).__name__, _family_of(module)
-        kind = next((kind for kind in _SWAPS if name.endswith(kind)), None)
-        if kind is not None:
-            fault = "not one of our families" if family is None else _SWAPS[kind](swap, module, family)
-        else:
-            holds_weights = any(True for _ in module.parameters(recurse=False))
-            fault = "no operator takes its place" if holds_weights else None
-        if fault is not None:
-            swap.report.left[name, fault] += 1
+    try:
+        for module in model.modules():
+            _visit(swap, module)
+    except BaseException:
+        swap.undo()
+        raise
     if not swap.report.replaced:
         raise NotSupported(f"enable: no layer of {type(model).__name__} can be replaced\n{swap.report}")
     vars(model)[_ENABLED] = swap
@@ -136,6 +137,23 @@ def disable(model: Any) -> None:
     if swap is None:
         raise ValueError(f"disable: this {type(model).__name__} is not enabled")
     swap.undo()
+
+
+def _visit(swap: _Swap, module: nn.Module) -> None:
+    """Swaps one module, or reports why not when it has weights of its own or a kind that we know."""
+    name, family = type(module).__name__, _family_of(module)
+    kind = next((kind for kind in _SWAPS if name.endswith(kind)), None)
+    if kind is None:
+        holds_weights = any(True for _ in module.parameters(recurse=False))
+        fault = "no operator takes its place" if holds_weights else None
+    elif family is None:
+        fault = "not one of our families"
+    elif "forward" in vars(module):
+        fault = "its forward is not the one of its class"
+    else:
+        fault = _SWAPS[kind](swap, module, family)
+    if fault is not None:
+        swap.report.left[name, fault] += 1
 
 
 def _family_of(module: nn.Module) -> Family | None:
@@ -175,9 +193,11 @@ def _swap_mlp(swap: _Swap, module: nn.Module, family: Family) -> str | None:
     name = next((name for name in GATES if type(module.act_fn) is type(ACT2FN[name])), None)
     if name is None:
         return f"no operator for the activation {type(module.act_fn).__name__}"
-    unlike = next((p for p in (module.gate_proj, module.up_proj) if type(p) is not nn.Linear or "forward" in vars(p)), None)
-    if unlike is not None:
-        return f"its projection is a {type(unlike).__name__}, not torch's Linear"
+    for projection in (module.gate_proj, module.up_proj):
+        if type(projection) is not nn.Linear:
+            return f"its projection is a {type(projection).__name__}, not torch's Linear"
+        if "forward" in vars(projection) or projection._forward_hooks or projection._forward_pre_hooks:
+            return "its projection has hooks or a forward of its own"
     gate = GATES[name]
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -248,8 +268,13 @@ def _rotate(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, unsqueeze_
     return q, k
 
 
-def _rotation_reason(model: nn.Module) -> str | None:
+_NO_INTERFACE = "its model does not choose its attention by AttentionInterface"
+
+
+def _rotation_reason(model: Any) -> str | None:
     """Why the rotary embedding of a model cannot be exchanged for one that returns a table."""
+    if not model._can_set_attn_implementation():
+        return _NO_INTERFACE
     for module in model.modules():
         if _family_of(module) is not None and type(module).__name__.endswith("Attention"):
             function = type(module).forward
@@ -273,7 +298,7 @@ def _swap_attention(swap: _Swap, module: Any, family: Family) -> str | None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if not swap.model._can_set_attn_implementation():
-        return "its model does not choose its attention by AttentionInterface"
+        return _NO_INTERFACE
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, packed_lengths)
     for config in (module.config, swap.model.config):
@@ -362,11 +387,20 @@ def _closed_over(function: Any, name: str) -> Any:
     return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
 
 
-def _packed_rows(sequence: Tensor) -> Tensor:
-    """Offsets of rows that hold several sequences each; sequence [batch, tokens] numbers them within a row."""
+def _packed_rows(sequence: Tensor, capturing: bool | None = None) -> Tensor:
+    """Offsets of rows that hold several sequences each; sequence [batch, tokens] numbers them within a row.
+
+    The host reads how many there are, except while a CUDA graph is captured: then there are as many as tokens, most of them
+    empty. Continuous batching captures, and does not use this mask.
+    """
     batch, tokens = sequence.shape
-    apart = sequence + tokens * torch.arange(batch, device=sequence.device)[:, None]
-    _, counts = torch.unique_consecutive(apart, return_counts=True)
+    apart = (sequence + tokens * torch.arange(batch, device=sequence.device)[:, None]).flatten()
+    if capturing is None:
+        capturing = sequence.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing:
+        counts = torch.zeros_like(apart).scatter_add_(0, apart, torch.ones_like(apart))
+    else:
+        _, counts = torch.unique_consecutive(apart, return_counts=True)
     # One empty request more, so that a single sequence is told from rows without padding.
     offsets = nn.functional.pad(counts.cumsum(0), (1, 0)).int()
     offsets = torch.cat((offsets, offsets[-1:]))

@@ -9,7 +9,7 @@
 What needs no vLLM stands here: the table, and the functions on plain tensors that its classes call. The classes of the
 attention backend stand in vllm_attention.py, which vLLM imports by name.
 
-Source: the plug-in interfaces of vLLM 0.32 and 0.33.
+Source: the plug-in interfaces of vLLM 0.32.
 """
 
 from dataclasses import dataclass

@@ -13,7 +13,12 @@ from penstock.ops.kvcache.copy_pages import copy_pages as copy_pages
 from penstock.ops.kvcache.gather_kv import gather_kv as gather_kv
 from penstock.ops.kvcache.layout import KVLayout as KVLayout
 from penstock.ops.kvcache.store_kv import store_kv as store_kv
+from penstock.ops.matmul.counters import gemm_counters as gemm_counters
+from penstock.ops.matmul.gemm_bf16_fp32 import gemm_bf16_fp32 as gemm_bf16_fp32
+from penstock.ops.matmul.gemm_fp8 import gemm_fp8 as gemm_fp8
+from penstock.ops.matmul.gemm_int8 import gemm_int8 as gemm_int8
 from penstock.ops.matmul.grouped_gemm import grouped_gemm as grouped_gemm
+from penstock.ops.matmul.split_fp32 import split_fp32 as split_fp32
 from penstock.ops.moe.fused_moe import fused_moe as fused_moe
 from penstock.ops.moe.route import moe_route as moe_route
 from penstock.ops.norm.add_rms_norm import add_rms_norm as add_rms_norm

@@ -69,6 +69,9 @@ def test_against_a_server(tmp_path):
         arguments += ["--output-tokens", "4", "--output", str(tmp_path), "--note", "a test"]
         done = CliRunner().invoke(serve_command.app, arguments)
         assert done.exit_code == 0, done.output
+        arguments[4] = "inf"
+        alone = CliRunner().invoke(serve_command.app, [*arguments[:-4], "--output", str(tmp_path / "alone")])
+        assert alone.exit_code == 0 and "there is no rate to plot against" in alone.output
         failing = asyncio.run(run(url, "other", Workload(math.inf, 2, 5, 4), Objectives()))
     document = json.loads((tmp_path / "serve.json").read_text())
     assert [row["rate"] for row in document["rows"]] == [40.0, None] and document["note"] == "a test"

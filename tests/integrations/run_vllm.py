@@ -1,4 +1,4 @@
-"""Greedy tokens of a small random Qwen3 in vLLM on the CPU: python run_vllm.py FOLDER; PENSTOCK_VLLM=1 for our plug-in.
+"""Greedy tokens of a small random Qwen3 in vLLM on the CPU: run_vllm.py FOLDER [--compile]; PENSTOCK_VLLM=1 for our plug-in.
 
 Prints one line of JSON: the tokens of each prompt, how often vLLM called each of our functions, and what ran inside them.
 """
@@ -39,7 +39,7 @@ def write_checkpoint(folder: Path) -> None:
     Qwen3ForCausalLM(Qwen3Config(**CONFIG)).save_pretrained(folder)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, compiled: bool) -> None:
     from penstock.integrations import vllm as ours
 
     calls = dict.fromkeys(FUNCTIONS, 0)
@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
         model=str(folder),
         dtype="float32",
         skip_tokenizer_init=True,
-        enforce_eager=True,
+        enforce_eager=not compiled,
         max_model_len=128,
         max_num_batched_tokens=64,
         seed=0,
@@ -85,4 +85,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "--compile" in sys.argv[2:])

@@ -77,8 +77,8 @@ PUBLIC = {
     "group_gemm_blockwise_fp8": (
         "x weight seqlens cu_seqlens x_scale w_scale num_seq_per_group_avg output tma_desc task_map_workspace"
     ),
-    "get_gemm_bf16xfp32_workspace": "",
-    "gemm_bf16xfp32": "",
+    "get_gemm_bf16xfp32_workspace": "max_weight_hidden_size max_tokens",
+    "gemm_bf16xfp32": "x w_high w_low scale use_fp32_output use_splitk split_flag",
     "fuse_allreduce_rmsnorm_high_throughput": "",
     "fuse_allreduce_rmsnorm_low_latency": "",
     "empty_multimem": "",
@@ -422,6 +422,29 @@ def test_rope_norm_store_kv(packed, policy):
         hpc.rope_norm_store_kv(*caches, *packed["arguments"], out_k=out_k)
 
 
+@pytest.mark.parametrize("policy", [0, 1, 2])
+def test_rope_norm_store_kv_with_narrower_values(packed, policy):
+    qkv, *others = packed["arguments"]
+    Hq, Hkv, _ = packed["split"]
+    narrow = qkv[:, 32 * (Hq + Hkv) :].unflatten(1, (Hkv, 32))[:, :, :16].flatten(1)
+    qkv = torch.cat((qkv[:, : 32 * (Hq + Hkv)], narrow), 1)
+    k_cache, v_cache = packed["caches"][0], packed["caches"][1][..., :16].clone()
+    weights = packed["weights"] if policy else {}
+    got = hpc.rope_norm_store_kv(k_cache, v_cache, qkv, *others, qk_norm_policy=policy, **weights)
+    exact, plain = expected_rows(packed, policy), expected_rows(packed, policy, torch.bfloat16)
+    judge("q", got[: packed["rows"]], exact[0], plain[0])
+    judge("k", k_cache[packed["at"]], exact[1], plain[1])
+    assert torch.equal(v_cache[packed["at"]].double(), exact[2][..., :16])
+    caches, scale = (k_cache.to(FP8), v_cache.to(FP8)), torch.tensor([0.05])
+    arguments = (qkv, *others, scale, scale, 1, max(packed["q_lens"]))
+    stored, _, _ = hpc.rope_norm_store_kv_fp8(*caches, *arguments, qk_norm_policy=policy, **weights)
+    assert float(stored[: packed["rows"]].float().abs().amax(-1).min()) == 448.0
+    # Half a step of e4m3, and what rounding to bfloat16 before it may have moved.
+    allowed = exact[1].abs() * 2**-4 + 0.05 * 2**-10 + 2 * (plain[1].double() - exact[1]).abs().max()
+    assert bool(((caches[0][packed["at"]].double() * 0.05 - exact[1]).abs() <= allowed).all())
+    codes_close(caches[1][packed["at"]], exact[2][..., :16].float() / 0.05)
+
+
 @pytest.mark.parametrize("quant_policy", [1, 2])
 def test_rope_norm_store_kv_fp8(packed, quant_policy):
     caches = [cache.to(FP8) for cache in packed["caches"]]
@@ -608,6 +631,26 @@ def test_group_gemm():
         wide_x, wide_w = x.double() * expanded(x_scale, x.shape), w.double() * expanded(w_scale, w.shape)
         exact = torch.einsum("tk,tnk->tn", wide_x, wide_w[groups])
         judge("group_gemm_blockwise_fp8", got, exact, exact.bfloat16())
+
+
+def test_gemm_bf16xfp32():
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(7, 96, generator=generator).bfloat16(), torch.randn(40, 96, generator=generator)
+    w_high = w.bfloat16()
+    w_low = ((w - w_high.float()) * 256).bfloat16()
+    exact = x.double() @ (w_high.double() + w_low.double() / 256).T
+    plain = x.float() @ w.T
+    split_flag = hpc.get_gemm_bf16xfp32_workspace(40)
+    got = hpc.gemm_bf16xfp32(x, w_high, w_low, 1 / 256, use_fp32_output=True, split_flag=split_flag)
+    judge("gemm_bf16xfp32", got, exact, plain)
+    assert not split_flag.any()
+    # Far nearer to the product with float32 weights than one of bfloat16 weights would be.
+    assert float((got - x.double() @ w.double().T).abs().max()) < 0.02 * float(
+        (exact - x.double() @ w_high.double().T).abs().max()
+    )
+    judge("gemm_bf16xfp32", hpc.gemm_bf16xfp32(x, w_high, w_low, torch.tensor(1 / 256)), exact, plain.bfloat16())
+    with pytest.raises(NotSupported, match=r"scale=0\.5"):
+        hpc.gemm_bf16xfp32(x, w_high, w_low, 0.5)
 
 
 def test_reformat_x_scale():

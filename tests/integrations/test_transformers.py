@@ -78,6 +78,14 @@ def counted(monkeypatch):
     return counts
 
 
+@pytest.fixture
+def llama(models):
+    model = models("llama")
+    enable(model)
+    yield model
+    disable(model)
+
+
 def prompts():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 199, (3, 11), generator=generator)
@@ -180,6 +188,30 @@ def test_packed_sequences_are_those_alone(models):
     torch.testing.assert_close(got[1:, :4], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_offsets_of_packed_rows_with_and_without_a_host_read():
+    generator = torch.Generator().manual_seed(0)
+    sequence = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]])
+    read, captured = (integration._packed_rows(sequence, capturing) for capturing in (False, True))
+    assert read.shape[-1] == 7 and captured.shape[-1] == 14
+    module = type("Layer", (nn.Module,), {"is_causal": True})()
+    q, k, v = (torch.randn(2, heads, 6, 8, generator=generator) for heads in (4, 2, 2))
+    got, again = (attend(module, q, k, v, mask)[0] for mask in (read, captured))
+    assert torch.equal(got, again)
+    together = sequence[:, None, :, None] == sequence[:, None, None, :]
+    options = {"attn_mask": together & (torch.ones(6, 6).tril() > 0), "enable_gqa": True}
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+    torch.testing.assert_close(got, expected)
+
+
+def test_under_torch_compile(llama):
+    ids, _ = prompts()
+    with torch.inference_mode():
+        expected = llama(ids, use_cache=False).logits
+        torch._dynamo.reset()
+        got = torch.compile(llama, backend="eager")(ids, use_cache=False).logits
+    torch.testing.assert_close(got, expected)
+
+
 def _lengths(generator, limit):
     return int(torch.randint(1, limit, (), generator=generator))
 
@@ -226,14 +258,6 @@ def refusal(call):
     with torch.inference_mode(), pytest.raises(NotSupported) as caught:
         call()
     return str(caught.value)
-
-
-@pytest.fixture
-def llama(models):
-    model = models("llama")
-    enable(model)
-    yield model
-    disable(model)
 
 
 def test_what_attention_cannot_express_is_refused(llama):
@@ -285,12 +309,50 @@ def test_what_is_not_known_is_left_with_its_reason(models):
     assert ("LlamaMLP", "its projection is a Sequential, not torch's Linear") in left
     assert ("LlamaMLP", "no operator for the activation ReLU") in left
     assert any(name == "Embedding" for name, _ in left)
+    hooked = build("llama")
+    hooked.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *args: None)
+    hooked.model.norm.forward = hooked.model.norm.forward
+    kept = hooked.model.norm.forward
+    left = set(enable(hooked).left)
+    assert ("LlamaMLP", "its projection has hooks or a forward of its own") in left
+    assert ("LlamaRMSNorm", "its forward is not the one of its class") in left
+    disable(hooked)
+    assert vars(hooked.model.norm)["forward"] is kept
     mixture = build("qwen3-moe")
     mixture.model.layers[0].mlp.experts.act_fn = nn.ReLU()
     assert ("Qwen3MoeExperts", "no operator for the activation ReLU") in enable(mixture).left
     tiny = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9, bos_token_id=0, eos_token_id=0)
     with pytest.raises(NotSupported, match="not one of our families"):
         enable(transformers.GPT2LMHeadModel(tiny))
+
+
+def test_an_error_on_the_way_leaves_nothing_behind(models, monkeypatch):
+    model = models("llama")
+    before = snapshot(model)
+
+    def fail(*args):
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setitem(integration._SWAPS, "RotaryEmbedding", fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        enable(model)
+    assert snapshot(model) == before
+
+
+def test_attention_and_rotation_change_together_or_not_at_all(monkeypatch):
+    model = build("qwen3")
+    ids, _ = prompts()
+    expected = model.generate(ids, **GREEDY)
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    assert {name for name, _ in enable(model).replaced} == {"Qwen3RMSNorm", "Qwen3MLP"}
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+    disable(model)
+    monkeypatch.undo()
+    model.model.layers[1].self_attn.forward = model.model.layers[1].self_attn.forward
+    report = enable(model)
+    assert ("Qwen3Attention", "attention_prefill") in report.replaced
+    assert {name for name, _ in report.left} >= {"Qwen3Attention", "Qwen3RotaryEmbedding"}
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
 
 
 def test_enable_twice_and_a_copy(models):
@@ -304,6 +366,8 @@ def test_enable_twice_and_a_copy(models):
         disable(model)
     with pytest.raises(ValueError, match="is not enabled"):
         disable(model)
+    with pytest.raises(TypeError, match="must be a PreTrainedModel of transformers, got Linear"):
+        enable(nn.Linear(2, 2))
     assert twin.config._attn_implementation == ATTENTION
     disable(twin)
     assert twin.config._attn_implementation == model.config._attn_implementation == "eager"

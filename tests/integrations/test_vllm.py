@@ -162,7 +162,7 @@ needs_vllm = pytest.mark.skipif(
 )
 
 
-def run(tmp_path, on):
+def run(tmp_path, on, *options):
     """What tests/integrations/run_vllm.py printed; the plug-in is found as vLLM finds it, by the project's entry points."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     installed = tmp_path / "site" / f"penstock-{project['version']}.dist-info"
@@ -172,8 +172,12 @@ def run(tmp_path, on):
     (installed / "entry_points.txt").write_text("\n".join(["[vllm.general_plugins]", *lines]) + "\n")
     (tmp_path / "model").mkdir(exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PENSTOCK_VLLM": str(int(on)), "PYTHONPATH": f"{ROOT}{os.pathsep}{installed.parent}"}
-    command = [sys.executable, str(ROOT / "tests/integrations/run_vllm.py"), str(tmp_path / "model")]
+    environment |= {
+        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
+        "PENSTOCK_VLLM": str(int(on)),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{installed.parent}",
+    }
+    command = [sys.executable, str(ROOT / "tests/integrations/run_vllm.py"), str(tmp_path / "model"), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -190,3 +194,7 @@ def test_tokens_in_vllm_are_those_of_vllm(tmp_path):
     # Two layers; in each two norms of heads, one before the first layer and four with the residual stream.
     assert got["calls"] == {"attend": 2 * steps, "norm": 5 * steps, "add_norm": 4 * steps, "_silu": 2 * steps}
     assert all(got["ran"].values()), got["ran"]
+    compiled = run(tmp_path, True, "--compile")
+    assert compiled["tokens"] == stock["tokens"] and all(compiled["ran"].values())
+    # Norms and activations are traced once; attention is called in every step.
+    assert compiled["calls"] == {"attend": 2 * steps, "norm": 5, "add_norm": 4, "_silu": 2}

@@ -13,14 +13,12 @@ from penstock.ops.attention._tiles_hopper import Tile
 
 # Where the second dimension of rows ends.
 END = gl.constexpr(1 << 30)
-# A copy is 128 bytes wide, the widest that shared memory swizzles.
-COLUMNS = 64
 
 
 def rows_descriptor(rows: Tensor, tile: Tile) -> TensorDescriptor:
     """[END, end of the rows, row before it, head, column] of queries or results [T, Hq, D]."""
-    box = [1, 1, tile.part_tokens, tile.group, COLUMNS]
-    return _descriptor(rows, stride(rows, 0), rows.shape[1], stride(rows, 1), box)
+    columns = 128 // rows.element_size()
+    return _descriptor(rows, stride(rows, 0), rows.shape[1], stride(rows, 1), [1, 1, tile.part_tokens, tile.group, columns])
 
 
 def keys_descriptor(keys: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
@@ -28,38 +26,68 @@ def keys_descriptor(keys: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
 
     Also how many steps of the fourth dimension make a page.
     """
-    box = [1, 1, tile.span, 1, COLUMNS]
+    box = [1, 1, tile.span, 1, tile.columns]
     if keys.dim() == 3:
         return _descriptor(keys, stride(keys, 0), keys.shape[1], stride(keys, 1), box), 0
-    P, _, Hkv, _ = keys.shape
-    page = stride(keys, 0)
-    head = stride(keys, 2) if Hkv > 1 else page
-    return _descriptor(keys, stride(keys, 1), max(P, 1) * page // head, head, box), page // head
+    heads, head, page = _page_steps(keys)
+    return _descriptor(keys, stride(keys, 1), heads, head, box), page
+
+
+def turned_descriptor(values: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
+    """[page and head, column, slot] of values [P, S, Hkv, Dv] whose slots are next to each other; also the steps of a page."""
+    heads, head, page = _page_steps(values)
+    layout = gl.NVMMASharedLayout(128, tile.bits, rank=3)
+    shape, box = [heads, values.shape[3], values.shape[1]], [1, tile.dv, tile.block_n]
+    return TensorDescriptor(values, shape, [head, stride(values, 3), 1], box, layout), page
+
+
+def scales_descriptor(scales: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
+    """[page and head, slot] of the scales of keys [P, S, Hkv] whose slots are next to each other; also the steps of a page."""
+    heads, head, page = _page_steps(scales)
+    layout = gl.NVMMASharedLayout(0, 32, rank=2)
+    return TensorDescriptor(scales, [heads, scales.shape[1]], [head, 1], [1, tile.block_n], layout), page
+
+
+def _page_steps(pages: Tensor) -> tuple[int, int, int]:
+    """(steps of a dimension that runs through pages and heads, its stride, how many steps make a page)."""
+    page = stride(pages, 0)
+    head = stride(pages, 2) if pages.shape[2] > 1 else page
+    return max(pages.shape[0], 1) * page // head, head, page // head
 
 
 def stride(tensor: Tensor, dim: int) -> int:
     """The stride, or one that a descriptor takes where there is nothing to step over."""
-    return tensor.stride(dim) if tensor.shape[dim] > 1 else 8
+    return tensor.stride(dim) if tensor.shape[dim] > 1 else 16
 
 
 def _descriptor(tensor: Tensor, row: int, heads: int, head: int, box: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(128, 16, rank=5)
+    layout = gl.NVMMASharedLayout(128, 8 * tensor.element_size(), rank=5)
     shape = [0x7FFF0000, 0x7FFF0000, END.value, heads, tensor.shape[-1]]
     return TensorDescriptor(tensor, shape, [2**34 - row, row, row, head, 1], box, layout)
 
 
 @gluon.jit
-def rows_as_pieces(buffer, COUNT: gl.constexpr, C: gl.constexpr):
-    """A buffer of queries or results as the pieces of 64 columns that single copies move."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=5)
-    return reinterpret(buffer, buffer.dtype, [COUNT, 1, 1, C.part_tokens, C.group, 64], layout)
+def rows_as_pieces(buffer, COUNT: gl.constexpr, BITS: gl.constexpr, C: gl.constexpr):
+    """A buffer of queries or results as the pieces, 128 bytes wide, that single copies move."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, BITS, rank=5)
+    return reinterpret(buffer, buffer.dtype, [COUNT, 1, 1, C.part_tokens, C.group, 1024 // BITS], layout)
 
 
 @gluon.jit
 def _keys_as_pieces(buffer, WIDTH: gl.constexpr, C: gl.constexpr):
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=5)
-    COUNT: gl.constexpr = C.stages * C.parts * WIDTH // 64
-    return reinterpret(buffer, buffer.dtype, [COUNT, 1, 1, C.span, 1, 64], layout)
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, C.bits, rank=5)
+    COUNT: gl.constexpr = C.stages * C.parts * WIDTH // C.columns
+    return reinterpret(buffer, buffer.dtype, [COUNT, 1, 1, C.span, 1, C.columns], layout)
+
+
+@gluon.jit
+def _values_as_pieces(buffer, C: gl.constexpr):
+    if C.kind == "fp8":
+        layout: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=3)
+        pieces = reinterpret(buffer, buffer.dtype, [C.stages, 1, C.dv, C.block_n], layout)
+    else:
+        pieces = _keys_as_pieces(buffer, C.dv, C)
+    return pieces
 
 
 @gluon.jit
@@ -103,20 +131,20 @@ def read(mail):
 def _fetch_queries(desc, pieces, bar, stage, head, begin, length, first, WIDTH: gl.constexpr, FROM: gl.constexpr,
                    C: gl.constexpr):  # fmt: skip
     """Copies WIDTH columns of a tile's queries, starting at column FROM."""
-    COUNT: gl.constexpr = WIDTH // 64
+    COUNT: gl.constexpr = WIDTH // C.columns
     for consumer in gl.static_range(C.consumers):
         token = first + consumer * C.part_tokens
         inside = tiles.rows_inside(length, token, C.part_tokens)
         for column in gl.static_range(COUNT):
             piece = pieces.index((stage * C.consumers + consumer) * COUNT + column)
-            tma_load(desc, [END, begin + token + inside, END - inside, head * C.group, FROM + column * 64], bar, piece)
+            tma_load(desc, [END, begin + token + inside, END - inside, head * C.group, FROM + column * C.columns], bar, piece)
 
 
 @gluon.jit
 def _fetch_keys(desc, pieces, bar, stage, source, first, WIDTH: gl.constexpr, FROM: gl.constexpr, C: gl.constexpr):
     """Copies WIDTH columns of a block of keys or values, starting at column FROM."""
     table, page_step, head, begin, length, low = source
-    COUNT: gl.constexpr = WIDTH // 64
+    COUNT: gl.constexpr = WIDTH // C.columns
     for part in gl.static_range(C.parts):
         key = first + part * C.span
         inside = tiles.rows_inside(length, key, C.span)
@@ -130,25 +158,44 @@ def _fetch_keys(desc, pieces, bar, stage, source, first, WIDTH: gl.constexpr, FR
             row = key % C.page_size + inside
         for column in gl.static_range(COUNT):
             piece = pieces.index((stage * COUNT + column) * C.parts + part)
-            tma_load(desc, [END, row, END - inside, at, FROM + column * 64], bar, piece)
+            tma_load(desc, [END, row, END - inside, at, FROM + column * C.columns], bar, piece)
+
+
+@gluon.jit
+def _fetch_slots(desc, piece, bar, source, first, SCALES: gl.constexpr, C: gl.constexpr):
+    """Copies a block of values, or of scales of keys, out of the page that holds it all."""
+    table, page_step, head, _, length, low = source
+    wanted = first < length
+    if C.has_left:
+        wanted = wanted & (first + C.block_n > low)
+    # A page that nobody needs: one beyond the last, which arrives as zeros.
+    at = head + gl.load(table + first // C.page_size, wanted, other=0) * page_step
+    at = gl.where(wanted, at, tiles.ABOVE_ALL)
+    slot = first % C.page_size
+    if SCALES:
+        tma_load(desc, [at, slot], bar, piece)
+    else:
+        tma_load(desc, [at, 0, slot], bar, piece)
 
 
 @gluon.jit
 def produce(args, C: gl.constexpr):
     """Deals out the tiles of this program and fetches for them, until there are none."""
-    (descs, buffers, bars, mail, cu_seqlens_q, lengths, table_ptr, table_row, k_pages, v_pages, num_requests, heads, section,
+    (descs, buffers, bars, mail, cu_seqlens_q, lengths, table_ptr, table_row, page_steps, num_requests, heads, section,
      kv_group, left, right) = args  # fmt: skip
-    q_desc, k_desc, v_desc = descs
-    q_buf, q_tail, k_buf, k_tail, v_buf = buffers
+    q_desc, k_desc, v_desc, scale_desc = descs
+    k_pages, v_pages, scale_pages = page_steps
+    q_buf, q_tail, k_buf, k_tail, v_buf, scale_buf = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
-    KEY_BYTES: gl.constexpr = C.block_n * (C.d + C.tail) * 2
-    VALUE_BYTES: gl.constexpr = C.block_n * C.dv * 2
-    QUERY_BYTES: gl.constexpr = C.consumers * C.rows * (C.d + C.tail) * 2
-    q_pieces = rows_as_pieces(q_buf, C.q_stages * C.consumers * C.d // 64, C)
+    SCALE_BYTES: gl.constexpr = C.block_n * 4 if C.token_scales else 0
+    KEY_BYTES: gl.constexpr = C.block_n * (C.d + C.tail) * C.itemsize + SCALE_BYTES
+    VALUE_BYTES: gl.constexpr = C.block_n * C.dv * C.itemsize
+    QUERY_BYTES: gl.constexpr = C.consumers * C.rows * (C.d + C.tail) * C.itemsize
+    q_pieces = rows_as_pieces(q_buf, C.q_stages * C.consumers * C.d // C.columns, C.bits, C)
     k_pieces = _keys_as_pieces(k_buf, C.d, C)
-    v_pieces = _keys_as_pieces(v_buf, C.dv, C)
+    v_pieces = _values_as_pieces(v_buf, C)
     if C.tail > 0:
-        q_tail_pieces = rows_as_pieces(q_tail, C.q_stages * C.consumers, C)
+        q_tail_pieces = rows_as_pieces(q_tail, C.q_stages * C.consumers, C.bits, C)
         k_tail_pieces = _keys_as_pieces(k_tail, C.tail, C)
 
     section_tiles = tiles.count_tiles(cu_seqlens_q, lengths, num_requests, C) * section
@@ -187,6 +234,7 @@ def produce(args, C: gl.constexpr):
             table = table_ptr + request.to(gl.int64) * table_row
             keys = (table, k_pages, head // kv_group, k_begin, k_len, low)
             values = (table, v_pages, head // kv_group, k_begin, k_len, low)
+            scales = (table, scale_pages, head // kv_group, k_begin, k_len, low)
             # Keys run one block ahead of values: their product comes first.
             for block in range(end - first + 1):
                 if block < end - first:
@@ -197,6 +245,8 @@ def produce(args, C: gl.constexpr):
                     _fetch_keys(k_desc, k_pieces, k_full.index(stage), stage, keys, key, C.d, 0, C)
                     if C.tail > 0:
                         _fetch_keys(k_desc, k_tail_pieces, k_full.index(stage), stage, keys, key, C.tail, C.d, C)
+                    if C.token_scales:
+                        _fetch_slots(scale_desc, scale_buf.index(stage), k_full.index(stage), scales, key, True, C)
                     kc += 1
                 if block == 0:
                     # After the keys: the memory of the queries may be in use for longer.
@@ -213,6 +263,9 @@ def produce(args, C: gl.constexpr):
                     _emptied(v_empty, vc, C.stages)
                     mbarrier.expect(v_full.index(stage), VALUE_BYTES)
                     key = (end - block) * C.block_n
-                    _fetch_keys(v_desc, v_pieces, v_full.index(stage), stage, values, key, C.dv, 0, C)
+                    if C.kind == "fp8":
+                        _fetch_slots(v_desc, v_pieces.index(stage), v_full.index(stage), values, key, False, C)
+                    else:
+                        _fetch_keys(v_desc, v_pieces, v_full.index(stage), stage, values, key, C.dv, 0, C)
                     vc += 1
         step += 1

@@ -99,11 +99,34 @@ def tma_reason(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, page_size: i
             return f"the head dimension {size} of {name} would fill less than half of the kernel's narrowest tile, 64"
     if page_size and (page_size & (page_size - 1) or not 16 <= page_size <= MAX_PAGE_SIZE):
         return f"page_size {page_size} is not a power of two from 16 to {MAX_PAGE_SIZE}"
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+    return _unaligned({"q": q, "k": k, "v": v, "out": out})
+
+
+def fp8_tma_reason(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor | None, k_scale: Tensor | None) -> str | None:
+    """Why the Hopper kernel of prefill does not take the call on FP8 values, or None."""
+    for name, size in (("q", q.shape[-1]), ("v_cache", v_cache.shape[-1])):
+        if not 64 <= size <= 128:
+            return f"the head dimension {size} of {name} is not from 64 to 128, which FP8 tiles hold"
+    if k_cache.shape[1] not in (128, 256):
+        return f"page_size {k_cache.shape[1]} is not 128 or 256; a block of FP8 values is 128 slots of one page"
+    if out is not None and out.dtype is torch.float32:
+        return "out is float32; the kernel writes float16 or bfloat16"
+    if v_cache.stride(1) != 1:
+        return f"v_cache is not transposed inside its pages: its slots are {v_cache.stride(1)} elements apart, wanted 1"
+    turned = {"v_cache": v_cache.transpose(1, 3)}
+    if k_scale is not None and k_scale.dim() == 3:
+        if k_scale.stride(1) != 1:
+            return f"k_scale's slots are {k_scale.stride(1)} elements apart, wanted 1"
+        turned["k_scale"] = k_scale.transpose(1, 2)
+    return _unaligned({"q": q, "k_cache": k_cache, "out": out, **turned})
+
+
+def _unaligned(tensors: dict[str, Tensor | None]) -> str | None:
+    for name, tensor in tensors.items():
         if tensor is None:
             continue
-        strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1][:-1]
-        if any(stride % 8 for stride in strides) or tensor.data_ptr() % 16:
+        strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False) if size > 1]
+        if any(stride * tensor.element_size() % 16 for stride in strides) or tensor.data_ptr() % 16:
             return f"{name} does not start every row on a multiple of 16 bytes, as the tensor memory accelerator needs it"
     return None
 

@@ -50,10 +50,26 @@ def finite(m):
 
 
 @gluon.jit
+def times(s, factor, C: gl.constexpr):
+    """Scores times a factor, which FP8 has for each row."""
+    if C.kind == "fp8":
+        factor = factor[:, None]
+    return s * factor
+
+
+@gluon.jit
+def lifted(base, C: gl.constexpr):
+    """What is taken off the scores: for FP8 8 less than the maximum, so that weights of 2^-17 still have a code."""
+    if C.kind == "fp8":
+        base = base - 8.0
+    return base
+
+
+@gluon.jit
 def begin(s, score_scale, C: gl.constexpr):
     """(weights, maximum of the scores, partial sums) of the first block."""
     m = gl.max(s, axis=1)
-    p = gl.exp2(s * score_scale - finite(m * score_scale)[:, None])
+    p = gl.exp2(times(s, score_scale, C) - lifted(finite(m * score_scale), C)[:, None])
     return p, m, partial_sum(p, C)
 
 
@@ -65,7 +81,7 @@ def advance(s, m, l, score_scale, MASKED: gl.constexpr, C: gl.constexpr):
     if MASKED:
         base = finite(base)
     alpha = gl.exp2(m * score_scale - base)
-    p = gl.exp2(s * score_scale - base[:, None])
+    p = gl.exp2(times(s, score_scale, C) - lifted(base, C)[:, None])
     layout: gl.constexpr = l.type.layout
     l = l * gl.convert_layout(alpha, gl.SliceLayout(1, layout))[:, None] + partial_sum(p, C)
     return p, m_new, l, alpha
@@ -89,22 +105,30 @@ def finish(m, l, score_scale, sink, C: gl.constexpr):
     dead = m == float("-inf")
     highest = gl.maximum(top, sink)
     shrink = gl.where(dead, 0.0, gl.exp2(top - highest))
+    if C.kind == "fp8":
+        l_row *= 0.00390625
     l_row = l_row * shrink + gl.exp2(sink - highest)
     l_row = gl.where(dead, 1.0, l_row)
     lse = gl.where(dead, float("-inf"), (highest + gl.log2(l_row)) * LN2)
-    return shrink / l_row, lse
+    factor = shrink / l_row
+    if C.kind == "fp8":
+        factor *= 0.00390625
+    return factor, lse
 
 
 @gluon.jit
 def as_operand(p, C: gl.constexpr):
     """Weights in the accumulator's layout, rounded and relabelled as the left operand of the next product; nothing moves.
 
-    A plain cast compiles to one conversion a value and a byte permutation; this is one instruction for a pair.
+    A plain cast compiles to one conversion a value and a byte permutation; this is one instruction for a pair. Of FP8's codes
+    four are neighbours in the operand and two in the accumulator: they change places within groups of four threads.
     """
-    if C.kind == "bf16":
+    if C.kind == "fp8":
+        pairs = p.to(gl.float8e4nv)
+    elif C.kind == "bf16":
         pairs = gl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.bfloat16, is_pure=True, pack=2
         )
     else:
         pairs = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.float16, is_pure=True, pack=2)
-    return gl.convert_layout(pairs, gl.DotOperandLayout(0, C.result_layout, 2))
+    return gl.convert_layout(pairs, gl.DotOperandLayout(0, C.result_layout, 4 // C.itemsize))

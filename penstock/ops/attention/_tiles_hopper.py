@@ -20,7 +20,7 @@ class Tile:
     """Shape and options of a kernel, known when it is compiled.
 
     Args:
-        kind: "bf16" or "fp16".
+        kind: "bf16", "fp16" or "fp8".
         consumers: warpgroups that compute, 64 rows each.
         block_n: keys of a block.
         stages: blocks of keys, and of values, held in shared memory.
@@ -33,6 +33,7 @@ class Tile:
         q_stages: tiles whose queries are held, 1 or 2.
         reuse: results leave through the shared memory of the queries.
         pingpong: warpgroups take turns at the tensor cores.
+        token_scales: FP8 keys have a scale each.
     """
 
     kind: str
@@ -51,6 +52,22 @@ class Tile:
     has_left: bool
     has_right: bool
     has_cap: bool
+    token_scales: bool
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a query's, key's or value's element."""
+        return 1 if self.kind == "fp8" else 2
+
+    @property
+    def bits(self) -> int:
+        """Its bits."""
+        return 8 * self.itemsize
+
+    @property
+    def columns(self) -> int:
+        """Columns of a copy: 128 bytes, the widest that shared memory swizzles."""
+        return 128 // self.itemsize
 
     @property
     def rows(self) -> int:
@@ -69,7 +86,7 @@ class Tile:
 
     @property
     def parts(self) -> int:
-        """Copies that fetch a block of keys, for each 64 columns."""
+        """Copies that fetch a block of keys, for each 128 bytes of their columns."""
         return self.block_n // self.span
 
     @property
@@ -87,17 +104,19 @@ class Tile:
         """Bytes of shared memory, barriers aside."""
         queries = self.q_stages * self.consumers * self.rows * (self.d + self.tail)
         results = 0 if self.reuse else self.consumers * self.rows * self.dv
-        return 2 * (queries + results + self.stages * self.block_n * (self.d + self.tail + self.dv))
+        keys = self.stages * self.block_n * (self.d + self.tail + self.dv)
+        scales = self.stages * self.block_n * 4 if self.token_scales else 0
+        return self.itemsize * (queries + keys) + 2 * results + scales
 
     @property
     def scores_layout(self) -> Any:
         """Of the accumulator of queries · keys."""
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.block_n, 16])
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.block_n, 256 // self.bits])
 
     @property
     def result_layout(self) -> Any:
         """Of the accumulator of weights · values."""
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.dv, 16])
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.dv, 256 // self.bits])
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from penstock.core.gluon import (
     gluon,
     mbarrier,
     reinterpret,
+    thread_barrier,
     tma_store,
     tma_store_wait,
     warpgroup_mma,
@@ -31,6 +32,7 @@ from penstock.core.tuning import tuned
 from penstock.ops.attention import _load_hopper as load
 from penstock.ops.attention import _softmax_hopper as softmax
 from penstock.ops.attention import _tiles_hopper as tiles
+from penstock.ops.attention._softmax_triton import NO_SCALES, fp8_scales
 from penstock.ops.attention._tiles_hopper import Constants, Tile
 
 FIRST, SECOND, THIRD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
@@ -41,7 +43,9 @@ SECTION_BYTES = 36 << 20
 # Left for tiles by the barriers; registers a thread is launched with, before the warpgroups share them out again.
 SHARED = H200.shared_memory - 1024
 REGISTERS = {2: 168, 3: 128}
-UNSPECIALIZED = ["table_row", "k_pages", "v_pages", "out_token", "out_head", "out_width", "num_requests", "num_rows"]
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
+UNSPECIALIZED = ["table_row", "k_pages", "v_pages", "scale_pages", "q_scale_token", "q_scale_head", "k_scale_head"]
+UNSPECIALIZED += ["v_scale_head", "out_token", "out_head", "out_width", "num_requests", "num_rows"]
 UNSPECIALIZED += ["heads", "num_sinks", "has_lse", "section", "kv_group", "left", "right", "cap_scale", "score_scale"]
 
 
@@ -58,25 +62,70 @@ def _give_turn(consumer: gl.constexpr):
 
 
 @gluon.jit
-def _matrix(buffer, index, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+def _matrix(buffer, index, ROWS: gl.constexpr, WIDTH: gl.constexpr, BITS: gl.constexpr):
     """One part of a buffer as an operand of a product."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, BITS, rank=2)
     return reinterpret(buffer.index(index), buffer.dtype, [ROWS, WIDTH], layout)
 
 
 @gluon.jit
 def _multiply_keys(buffers, kc, part, C: gl.constexpr):
     """Starts queries · keys of block kc; `part` is the warpgroup's place among the queries held."""
-    q_buf, q_tail, k_buf, k_tail, _ = buffers
+    q_buf, q_tail, k_buf, k_tail, _, _ = buffers
     zero = gl.zeros([C.rows, C.block_n], gl.float32, layout=C.scores_layout)
-    q = _matrix(q_buf, part, C.rows, C.d)
-    k = _matrix(k_buf, kc % C.stages, C.block_n, C.d).permute((1, 0))
+    q = _matrix(q_buf, part, C.rows, C.d, C.bits)
+    k = _matrix(k_buf, kc % C.stages, C.block_n, C.d, C.bits).permute((1, 0))
     s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
     if C.tail > 0:
-        q = _matrix(q_tail, part, C.rows, C.tail)
-        k = _matrix(k_tail, kc % C.stages, C.block_n, C.tail).permute((1, 0))
+        q = _matrix(q_tail, part, C.rows, C.tail, C.bits)
+        k = _matrix(k_tail, kc % C.stages, C.block_n, C.tail, C.bits).permute((1, 0))
         s = warpgroup_mma(q, k, s, is_async=True)
     return s
+
+
+@gluon.jit
+def _values(buffers, vc, C: gl.constexpr):
+    """The block of values as the right operand; FP8's lie turned, as its products need them."""
+    if C.kind == "fp8":
+        v = _matrix(buffers[4], vc % C.stages, C.dv, C.block_n, C.bits).permute((1, 0))
+    else:
+        v = _matrix(buffers[4], vc % C.stages, C.block_n, C.dv, C.bits)
+    return v
+
+
+@gluon.jit
+def _finished(o_running, p, OUTSTANDING: gl.constexpr, C: gl.constexpr):
+    """The result, when at most so many later products run; its weights live until then, which 8-bit registers cannot say."""
+    if C.kind == "fp8":
+        o = warpgroup_mma_wait(num_outstanding=OUTSTANDING, deps=(o_running,))
+    else:
+        o, p = warpgroup_mma_wait(num_outstanding=OUTSTANDING, deps=(o_running, p))
+    return o
+
+
+@gluon.jit
+def _scores(s, buffers, kc, cap_scale, C: gl.constexpr):
+    """Raw scores with the scales of their keys and the cap."""
+    if C.token_scales:
+        s = s * buffers[5].index(kc % C.stages).load(C.scores_layout)
+    if C.has_cap:
+        s = softmax.tanh(softmax.times(s, cap_scale, C))
+    return s
+
+
+@gluon.jit
+def _clean_values(buffers, vc, keys, C: gl.constexpr):
+    """Zero for the values of slots that hold no key: they may be NaN, and 0 · NaN is NaN.
+
+    Every warpgroup cleans for itself; what the others write meanwhile is the same.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=2)
+    codes = reinterpret(buffers[4].index(vc % C.stages), gl.int8, [C.dv, C.block_n], shared)
+    column = gl.arange(0, C.block_n, layout=gl.SliceLayout(0, layout))
+    codes.store(gl.where((column < keys)[None, :], codes.load(layout), 0).to(gl.int8))
+    fence_async_shared()
+    thread_barrier()
 
 
 @gluon.jit
@@ -90,24 +139,22 @@ def _step(state, buffers, bars, kc, part, more, own_first, n0, k_len, scalars, c
     o, p, m, l = state
     left, right, cap_scale, score_scale = scalars
     _, _, k_full, k_empty, v_full, v_empty = bars
-    v_buf = buffers[4]
     vc = kc - 1
     if C.pingpong:
         _take_turn(consumer)
     s_running = _multiply_keys(buffers, kc, part, C)
     load.filled(v_full, vc, True, C.stages)
-    o_running = warpgroup_mma(p, _matrix(v_buf, vc % C.stages, C.block_n, C.dv), o, is_async=True)
+    o_running = warpgroup_mma(p, _values(buffers, vc, C), o, is_async=True)
     if C.pingpong:
         _give_turn((consumer + 1) % C.consumers)
     s = warpgroup_mma_wait(num_outstanding=1, deps=(s_running,))
+    s = _scores(s, buffers, kc, cap_scale, C)
     mbarrier.arrive(k_empty.index(kc % C.stages), count=1)
-    if C.has_cap:
-        s = softmax.tanh(s * cap_scale)
     if MASKED:
         s = softmax.masked(s, own_first, n0, k_len, left, right, C)
     weights, m, l, alpha = softmax.advance(s, m, l, score_scale, MASKED, C)
     load.filled(k_full, kc + 1, more, C.stages)
-    o, p = warpgroup_mma_wait(num_outstanding=0, deps=(o_running, p))
+    o = _finished(o_running, p, 0, C)
     mbarrier.arrive(v_empty.index(vc % C.stages), count=1)
     return softmax.scaled(o, alpha), softmax.as_operand(weights, C), m, l
 
@@ -117,13 +164,13 @@ def _store(o, note, o_desc, o_buf, part, consumer: gl.constexpr, C: gl.constexpr
     """Sends the results of a warpgroup's part of a tile on their way."""
     row, q_len, _, q_end, head = note
     tma_store_wait(0)
-    _matrix(o_buf, part, C.rows, C.dv).store(o.to(o_buf.dtype))
+    _matrix(o_buf, part, C.rows, C.dv, 16).store(o.to(o_buf.dtype))
     fence_async_shared()
     token = row + consumer * C.part_tokens
     inside = tiles.rows_inside(q_len, token, C.part_tokens)
     COUNT: gl.constexpr = C.dv // 64
     HELD: gl.constexpr = C.out_width // 64
-    pieces = load.rows_as_pieces(o_buf, C.out_parts * HELD, C)
+    pieces = load.rows_as_pieces(o_buf, C.out_parts * HELD, 16, C)
     for column in gl.static_range(COUNT):
         at = [load.END, q_end - q_len + token + inside, load.END - inside, head * C.group, column * 64]
         tma_store(o_desc, at, pieces.index(part * HELD + column))
@@ -132,10 +179,10 @@ def _store(o, note, o_desc, o_buf, part, consumer: gl.constexpr, C: gl.constexpr
 @gluon.jit
 def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
     (o_desc, lse_ptr, sinks_ptr, out_ptr, cu_seqlens_q, buffers, o_buf, bars, mail, num_requests, num_rows, heads, num_sinks,
-     has_lse, out_token, out_head, out_width, scalars) = args  # fmt: skip
-    left, right, cap_scale, score_scale = scalars
+     has_lse, out_token, out_head, out_width, kv_group, scales, scale_strides, left, right, cap_scale,
+     score_scale) = args  # fmt: skip
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
-    v_buf = buffers[4]
+    q_scale, k_scale, v_scale = scales
     if C.pingpong and consumer == 0:
         _give_turn(consumer)
     kc = gl.to_tensor(0)
@@ -153,13 +200,32 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
         first, full_first, full_end, end = tiles.key_range(row, q_len, k_len, left, right, C)
         cut_right, whole, cut_left = tiles.steps_of(first, full_first, full_end, end)
 
+        rows = gl.arange(0, C.rows, layout=gl.SliceLayout(1, C.scores_layout))
+        token = part_row + rows // C.group
+        own_head = head * C.group + rows % C.group
+        scalars = (left, right, cap_scale, score_scale)
+        value_scale = 1.0
+        if C.kind == "fp8":
+            kv_head = head // kv_group
+            q_token, q_head, k_head, v_head = scale_strides
+            q_at = (q_end - q_len + token).to(gl.int64) * q_token + own_head * q_head
+            factor = gl.load(q_scale + q_at, token < q_len, other=1.0)
+            if not C.token_scales:
+                factor = factor * gl.load(k_scale + kv_head * k_head)
+            value_scale = gl.load(v_scale + kv_head * v_head)
+            if C.has_cap:
+                scalars = (left, right, factor * cap_scale, factor * 0.0 + score_scale)
+            else:
+                scalars = (left, right, cap_scale, factor * score_scale)
+        s = _scores(s, buffers, kc, scalars[2], C)
         mbarrier.arrive(k_empty.index(kc % C.stages), count=1)
-        if C.has_cap:
-            s = softmax.tanh(s * cap_scale)
         s = softmax.masked(s, own_first, (end - 1) * C.block_n, k_len, left, right, C)
-        weights, m, l = softmax.begin(s, score_scale, C)
+        weights, m, l = softmax.begin(s, scalars[3], C)
         p = softmax.as_operand(weights, C)
         o = gl.zeros([C.rows, C.dv], gl.float32, layout=C.result_layout)
+        if C.kind == "fp8" and end * C.block_n > k_len:
+            load.filled(v_full, kc, True, C.stages)
+            _clean_values(buffers, kc, k_len - (end - 1) * C.block_n, C)
         kc += 1
         block = end - 2
         load.filled(k_full, kc, block >= first, C.stages)
@@ -184,21 +250,19 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
 
         vc = kc - 1
         load.filled(v_full, vc, True, C.stages)
-        o_running = warpgroup_mma(p, _matrix(v_buf, vc % C.stages, C.block_n, C.dv), o, is_async=True)
-        rows = gl.arange(0, C.rows, layout=gl.SliceLayout(1, C.scores_layout))
-        token = part_row + rows // C.group
-        own_head = head * C.group + rows % C.group
+        o_running = warpgroup_mma(p, _values(buffers, vc, C), o, is_async=True)
         sink = gl.load(sinks_ptr + own_head, own_head < num_sinks, other=float("-inf")).to(gl.float32) * softmax.LOG2E
-        factor, lse = softmax.finish(m, l, score_scale, sink, C)
+        factor, lse = softmax.finish(m, l, scalars[3], sink, C)
+        factor *= value_scale
         if C.q_stages == 2:
             # Where queries have two places, the next tile's are there by now.
             load.filled(q_full, step + 1, True, C.q_stages)
             following = load.read(mail.index((step + 1) % C.q_stages))
             load.filled(k_full, kc, following[0] >= 0, C.stages)
             s_running = _multiply_keys(buffers, kc, (step + 1) % C.q_stages * C.consumers + consumer, C)
-            o, p = warpgroup_mma_wait(num_outstanding=1, deps=(o_running, p))
+            o = _finished(o_running, p, 1, C)
         else:
-            o, p = warpgroup_mma_wait(num_outstanding=0, deps=(o_running, p))
+            o = _finished(o_running, p, 0, C)
         mbarrier.arrive(v_empty.index(vc % C.stages), count=1)
         if C.reuse:
             _store(softmax.scaled(o, factor), note, o_desc, o_buf, part, consumer, C)
@@ -242,15 +306,24 @@ def _prefill_kernel(
     k_desc,
     v_desc,
     o_desc,
+    scale_desc,
     out_ptr,
     lse_ptr,
     sinks_ptr,
+    q_scale,
+    k_scale,
+    v_scale,
     cu_seqlens_q,
     lengths,
     table_ptr,
     table_row,
     k_pages,
     v_pages,
+    scale_pages,
+    q_scale_token,
+    q_scale_head,
+    k_scale_head,
+    v_scale_head,
     out_token,
     out_head,
     out_width,
@@ -268,10 +341,14 @@ def _prefill_kernel(
     C: gl.constexpr,
 ):
     dtype: gl.constexpr = q_desc.dtype
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, C.bits, rank=2)
     q_buf = gl.allocate_shared_memory(dtype, [C.q_stages * C.consumers, C.rows, C.d], layout)
     k_buf = gl.allocate_shared_memory(dtype, [C.stages, C.block_n, C.d], layout)
     v_buf = gl.allocate_shared_memory(dtype, [C.stages, C.block_n, C.dv], layout)
+    scale_buf = v_buf
+    if C.token_scales:
+        scale_layout: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
+        scale_buf = gl.allocate_shared_memory(gl.float32, [C.stages, 1, C.block_n], scale_layout)
     q_tail = q_buf
     k_tail = k_buf
     if C.tail > 0:
@@ -279,7 +356,8 @@ def _prefill_kernel(
         k_tail = gl.allocate_shared_memory(dtype, [C.stages, C.block_n, C.tail], layout)
     o_buf = q_buf
     if not C.reuse:
-        o_buf = gl.allocate_shared_memory(dtype, [C.consumers, C.rows, C.dv], layout)
+        o_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+        o_buf = gl.allocate_shared_memory(o_desc.dtype, [C.consumers, C.rows, C.dv], o_layout)
     mail = gl.allocate_shared_memory(gl.int32, [C.q_stages, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [C.q_stages, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [C.q_stages, 1], mbarrier.MBarrierLayout())
@@ -296,14 +374,17 @@ def _prefill_kernel(
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=C.consumers)
 
-    descs = (q_desc, k_desc, v_desc)
-    buffers = (q_buf, q_tail, k_buf, k_tail, v_buf)
+    descs = (q_desc, k_desc, v_desc, scale_desc)
+    buffers = (q_buf, q_tail, k_buf, k_tail, v_buf, scale_buf)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    scalars = (left, right, cap_scale, score_scale)
-    producing = (descs, buffers, bars, mail, cu_seqlens_q, lengths, table_ptr, table_row, k_pages, v_pages, num_requests,
+    page_steps = (k_pages, v_pages, scale_pages)
+    scales = (q_scale, k_scale, v_scale)
+    scale_strides = (q_scale_token, q_scale_head, k_scale_head, v_scale_head)
+    producing = (descs, buffers, bars, mail, cu_seqlens_q, lengths, table_ptr, table_row, page_steps, num_requests,
                  heads // C.group, section, kv_group, left, right)  # fmt: skip
     consuming = (o_desc, lse_ptr, sinks_ptr, out_ptr, cu_seqlens_q, buffers, o_buf, bars, mail, num_requests, num_rows, heads,
-                 num_sinks, has_lse, out_token, out_head, out_width, scalars)  # fmt: skip
+                 num_sinks, has_lse, out_token, out_head, out_width, kv_group, scales, scale_strides, left, right, cap_scale,
+                 score_scale)  # fmt: skip
     # Tuples that hold constants stay literal here: Triton 3.6 makes run-time values of them where they have a name.
     if C.consumers == 2:
         gl.warp_specialize(
@@ -334,7 +415,7 @@ class HopperConfig:
     pingpong: bool
 
 
-def candidates(d: int, dv: int, causal: bool, window: bool) -> Iterator[HopperConfig]:
+def candidates(d: int, dv: int, causal: bool, window: bool, itemsize: int) -> Iterator[HopperConfig]:
     """What fits in shared memory: two or three warpgroups, with and without turns."""
     for consumers in (2, 3):
         for block_n in (128, 64):
@@ -343,24 +424,26 @@ def candidates(d: int, dv: int, causal: bool, window: bool) -> Iterator[HopperCo
             for pingpong in (True, False):
                 for stages in (2, 3, 4):
                     config = HopperConfig(consumers, block_n, stages, pingpong)
-                    if shape_of(d, dv, config).shared <= SHARED:
+                    if shape_of(d, dv, config).shared <= SHARED and (itemsize == 2 or (consumers, block_n) == (2, 128)):
                         yield config
 
 
 @tuned(candidates)
-def configure(d: int, dv: int, causal: bool, window: bool) -> HopperConfig:
+def configure(d: int, dv: int, causal: bool, window: bool, itemsize: int) -> HopperConfig:
     """The default for head dimensions that are rounded up to 64, 128, 192 or 256."""
-    config = HopperConfig(2, 128 if max(d, dv) <= 128 or (d == 192 and dv == 128) else 64, 2, True)
-    more = replace(config, stages=4)
-    # Results of their own shared memory leave while the next tile's queries arrive; that is worth more than a stage.
-    return more if shape_of(d, dv, more).shared <= SHARED and not shape_of(d, dv, more).reuse else config
+    if itemsize == 1:
+        return HopperConfig(2, 128, 3, True)
+    if max(d, dv) == 64:
+        # Three warpgroups read the keys two thirds as often, which the cheaper products of narrow heads wait for.
+        return HopperConfig(3, 128, 2, True)
+    return HopperConfig(2, 128 if max(d, dv) == 128 or (d, dv) == (192, 128) else 64, 2, True)
 
 
 def shape_of(d: int, dv: int, config: HopperConfig, **others: Any) -> Tile:
     """The kernel's shape: queries have two places where these fit, and results one of their own unless nothing else fits."""
     tail = 64 if d == 192 else 0
     plain: dict[str, Any] = {"kind": "bf16", "group": 1, "span": config.block_n, "page_size": 0}
-    plain.update(dict.fromkeys(("has_left", "has_right", "has_cap"), False))
+    plain.update(dict.fromkeys(("has_left", "has_right", "has_cap", "token_scales"), False))
     tile = Tile(**asdict(config), d=d - tail, tail=tail, dv=dv, q_stages=2, reuse=False, **{**plain, **others})
     tile = replace(tile, q_stages=1) if tile.shared > SHARED else tile
     return replace(tile, reuse=True) if tile.shared > SHARED and dv <= d - tail else tile
@@ -401,6 +484,9 @@ def launch(
     window_right: int,
     softcap: float | None,
     sinks: Tensor | None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Launches one program a multiprocessor; `lengths` is cu_seqlens_k, or seqlens_k where there is a page table."""
     num_rows, Hq, D = q.shape
@@ -408,41 +494,54 @@ def launch(
     if num_rows == 0 or Hq == 0:
         return
     right = 0 if causal else window_right
-    d, dv = rounded(D), 256 if rounded(Dv) == 192 else rounded(Dv)
-    config = configure.on(q.device, d, dv, right >= 0, window_left >= 0)
+    fp8 = q.dtype is torch.float8_e4m3fn
+    d, dv = (128, 128) if fp8 else (rounded(D), 256 if rounded(Dv) == 192 else rounded(Dv))
+    config = configure.on(q.device, d, dv, right >= 0, window_left >= 0, q.element_size())
     packed = packed_heads(Hq // Hkv, max_seqlen_q, config.consumers * 64)
     page_size = 0 if page_table is None else k.shape[1]
     tile = shape_of(
         d,
         dv,
         config,
-        kind="bf16" if q.dtype == torch.bfloat16 else "fp16",
+        kind=KINDS[q.dtype],
         group=packed,
         span=min(page_size, config.block_n) if page_size else config.block_n,
         page_size=page_size,
         has_left=window_left >= 0,
         has_right=right >= 0,
         has_cap=bool(softcap),
+        token_scales=k_scale is not None and k_scale.dim() == 3,
     )
     num_requests = cu_seqlens_q.shape[0] - 1
     most_tiles = (num_rows // tile.tokens + num_requests) * (Hq // packed)
     k_descriptor, k_pages = load.keys_descriptor(k, tile)
-    v_descriptor, v_pages = load.keys_descriptor(v, tile)
+    v_descriptor, v_pages = (load.turned_descriptor if fp8 else load.keys_descriptor)(v, tile)
+    scale_descriptor, scale_pages = (k_descriptor, 0)
+    if k_scale is not None and tile.token_scales:
+        scale_descriptor, scale_pages = load.scales_descriptor(k_scale, tile)
+    scales, strides = fp8_scales(q, q_scale, k_scale, v_scale) if fp8 else NO_SCALES
     scale = D**-0.5 if scale is None else scale
     _prefill_kernel[(max(1, min(num_sms(q.device), most_tiles)),)](
         load.rows_descriptor(q, tile),
         k_descriptor,
         v_descriptor,
         load.rows_descriptor(out, tile),
+        scale_descriptor,
         out,
         out if out_lse is None else out_lse,
-        q if sinks is None else sinks,
+        out if sinks is None else sinks,
+        *(lengths if scale is None else scale for scale in scales),
         cu_seqlens_q,
         lengths,
         lengths if page_table is None else page_table,
         0 if page_table is None else page_table.stride(0),
         k_pages,
         v_pages,
+        scale_pages,
+        strides[0],
+        strides[1],
+        strides[4],
+        strides[5],
         *out.stride()[:2],
         Dv,
         num_requests,

@@ -100,7 +100,7 @@ def attention_prefill_paged(
         lse is -inf.
     Raises: ContractError when shapes, dtypes or options disagree; NotSupported when no implementation takes the call.
     Source: Dao, arXiv:2307.08691 (FlashAttention-2); Kwon et al., arXiv:2309.06180 (paged KV cache);
-        Shah et al., arXiv:2407.08608 (FlashAttention-3: Hopper, FP8).
+        Shah et al., arXiv:2407.08608 (FlashAttention-3: FP8, and the kernel for Hopper).
     """
     left, right = _options.split_window(attention_prefill_paged.contract, window)
     options = (max_seqlen_q, max_seqlen_k, causal, scale, left, right, softcap, sinks, q_scale, k_scale, v_scale, block_mask)
@@ -184,16 +184,28 @@ attention_prefill_paged.baseline(_definition(exact=False))
 
 
 def _hopper_supports(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_mask: Tensor | None, out: Tensor | None, **others: object
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor | None,
+    k_scale: Tensor | None,
+    block_mask: Tensor | None,
+    **others: object,
 ) -> str | None:
     if block_mask is not None:
-        return "it skips no blocks of a block_mask"
+        return "block_mask is for the triton implementation"
+    if q.dtype is FP8:
+        return _options.fp8_tma_reason(q, k_cache, v_cache, out, k_scale)
     return _options.tma_reason(q, k_cache, v_cache, out, k_cache.shape[1])
 
 
 # The spill is at D = 256, as where keys are packed.
 @attention_prefill_paged.impl(
-    "hopper", needs=("wgmma", "tma", "triton"), supports=_hopper_supports, instructions=("HGMMA", "UTMALDG"), spill_bytes=32
+    "hopper",
+    needs=("wgmma", "tma", "triton"),
+    supports=_hopper_supports,
+    instructions=("HGMMA", "QGMMA", "UTMALDG"),
+    spill_bytes=40,
 )
 def _hopper(
     out: Tensor,
@@ -210,10 +222,9 @@ def _hopper(
 ) -> None:
     from penstock.ops.attention.prefill_hopper import launch
 
-    *options, _, _, _, _ = options_and_scales
-
     if max_seqlen_k is None:
         max_seqlen_k = page_table.shape[1] * k_cache.shape[1]
+    *options, _ = options_and_scales
     tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
     launch(out, out_lse, *tensors, max_seqlen_q, max_seqlen_k, *options)
 
@@ -298,6 +309,12 @@ def cases() -> Iterable[Case]:
     yield case("ragged_fp8", mixed, 4, 2, 64, **fp8, return_lse=True)
     yield case("ragged_fp8_token_transposed", mixed, 4, 1, 128, dtype=FP8, with_scales="token", transposed=True, page_size=64)
     yield case("fp8_options", [(30, 90), (3, 2)], 4, 2, 64, **fp8, softcap=5.0, with_sinks=True, window=(40, -1))
+    turned: dict[str, Any] = {"dtype": FP8, "transposed": True, "page_size": 128}
+    yield case(
+        "ragged_fp8_page_128_transposed", [*mixed, (140, 300)], 4, 2, 128, **turned, with_scales="token", return_lse=True
+    )
+    yield case("fp8_options_transposed", [(30, 90), (140, 300), (3, 2)], 4, 4, 64, **turned, with_scales="static", softcap=5.0,
+               with_sinks=True, window=(140, -1), return_lse=True)  # fmt: skip
     yield case("fp8_head_dim_192_128", [(40, 70), (9, 40)], 2, 2, 192, Dv=128, page_size=32, dtype=FP8)
     blocks = [(300, 300), (5, 260), (130, 40), (0, 9)]
     yield case("ragged_block_mask", blocks, 4, 2, 64, with_blocks=0.5, return_lse=True)

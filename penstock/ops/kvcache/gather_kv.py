@@ -61,12 +61,14 @@ def gather_kv(
 
 @gather_kv.reference
 def _reference(cache: Tensor, page_table: Tensor, seqlens: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    result = cache.new_zeros(total, *cache.shape[2:])
+    result, size = cache.new_zeros(total, *cache.shape[2:]), cache.shape[1]
     starts = cu_seqlens.tolist()
-    for request, length in enumerate(seqlens.tolist()):
-        for i in range(min(length, min(starts[request + 1], total) - starts[request])):
-            page = int(page_table[request, i // cache.shape[1]])
-            result[starts[request] + i] = cache[page, i % cache.shape[1]]
+    for request, (length, table) in enumerate(zip(seqlens.tolist(), page_table.tolist(), strict=True)):
+        start = starts[request]
+        length = min(length, min(starts[request + 1], total) - start)
+        for i in range(0, length, size):
+            rows = min(size, length - i)
+            result[start + i : start + i + rows] = cache[table[i // size], :rows]
     return result
 
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from penstock.core.cases import Case, Make
-from penstock.core.formats import BLOCK, FP8_BLOCK, FP8_TENSOR, FP8_TOKEN, Format
+from penstock.core.formats import BLOCK, FP8_BLOCK, FP8_TENSOR, FP8_TOKEN, INT8_TOKEN, Format
+from penstock.ops.matmul.counters import COUNTERS
+from penstock.ops.matmul.split_fp32 import split_fp32
 
 AWKWARD = [0, 1, 63, 65, 0, 64, 127, 145]
 
@@ -92,10 +94,11 @@ def grouped() -> Iterator[Case]:
         name = "bf16" if format is None else format.name.lower()
         few = format in (FP8_TENSOR, FP8_TOKEN)
         yield case(f"{name}_ragged", AWKWARD[:5] if few else AWKWARD, 136 if format is FP8_BLOCK else 40, 144, format)
-        yield case(f"{name}_ragged_small", [3, 0, 17, 1], 136, 256, format, tail=5)
+        yield case(f"{name}_ragged_small", [3, 0, 17, 1], 136, 136, format, tail=5)
         yield case(f"{name}_ragged_gather", [0, 5, 30, 0, 2], 64, 144, format, tokens=9, tail=3)
-        yield case(f"{name}_ragged_gaps", [2, 0, 20], 48, 130, format, gaps=True)
-        yield case(f"{name}_large_group", [130, 0, 129], 72, 128, format)
+        if not few:
+            yield case(f"{name}_ragged_gaps", [2, 0, 20], 48, 130, format, gaps=True)
+            yield case(f"{name}_large_group", [130, 0, 129], 72, 128, format)
         yield case(f"{name}_empty_groups", [0, 0, 0], 32, 128, format, tail=2)
         yield case(f"{name}_empty", [0, 0], 32, 128, format)
         yield case(f"{name}_no_k", [3, 2], 32, 0, format)
@@ -112,3 +115,94 @@ def grouped() -> Iterator[Case]:
         for rows in (8, 64, 128, 512, 4096):
             yield case(f"{name}_g8_m{rows}_n4096_k7168", [rows] * 8, 4096, 7168, format, bench=True)
         yield case(f"{name}_g64_m32_n3072_k4096", [32] * 64, 3072, 4096, format, bench=True)
+
+
+def _dense(
+    name: str,
+    M: int,
+    N: int,
+    K: int,
+    format: Format,
+    *,
+    biased: bool = False,
+    gaps: bool = False,
+    counted: bool = False,
+    bench: bool = False,
+    **options: Any,
+) -> Case:
+    """Args: gaps: rows with gaps; counted: the caller keeps the counters."""
+
+    def build(make: Make) -> dict[str, Any]:
+        x, x_scale = quantised(make, format, M, K + 16 * gaps)
+        w, w_scale = quantised(make, format, N, K + 16 * gaps, weight=True)
+        if gaps:
+            x, w = x[:, :K], w[:, :K]
+        arguments = {"x": x, "w": w, "x_scale": x_scale, "w_scale": w_scale, "format": format, **options}
+        if biased:
+            arguments["bias"] = make.randn(N, dtype=torch.bfloat16)
+        if counted:
+            arguments["counters"] = _zeros(make)
+        return arguments
+
+    return Case(name, build, bench)
+
+
+def _zeros(make: Make) -> Tensor:
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=make.device)
+
+
+def fp8() -> Iterator[Case]:
+    """Cases of gemm_fp8."""
+    for format in (FP8_TENSOR, FP8_TOKEN, FP8_BLOCK):
+        name = format.name.lower()
+        yield _dense(f"{name}_ragged", 5, 136, 400, format, biased=True)
+        yield _dense(f"{name}_ragged_split", 17, 70, 1024, format, counted=True)
+        yield _dense(f"{name}_ragged_many_rows", 145, 136, 144, format)
+        yield _dense(f"{name}_ragged_float32", 3, 40, 272, format, out_dtype=torch.float32, exact_accumulation=True)
+        yield _dense(f"{name}_empty", 0, 40, 128, format)
+        yield _dense(f"{name}_no_k", 3, 40, 0, format, biased=True)
+        for M in (1, 16, 64, 128):
+            yield _dense(f"{name}_m{M}_n4096_k4096", M, 4096, 4096, format, counted=True, bench=True)
+        yield _dense(f"{name}_m8192_n8192_k8192", 8192, 8192, 8192, format, bench=True)
+    yield _dense("fp8_tensor_ragged_gaps", 9, 40, 130, FP8_TENSOR, gaps=True)
+    yield _dense(
+        "fp8_tensor_exact_m16_n4096_k4096", 16, 4096, 4096, FP8_TENSOR, counted=True, exact_accumulation=True, bench=True
+    )
+    yield _dense("fp8_tensor_exact_m8192_n8192_k8192", 8192, 8192, 8192, FP8_TENSOR, exact_accumulation=True, bench=True)
+
+
+def int8() -> Iterator[Case]:
+    """Cases of gemm_int8."""
+    yield _dense("ragged", 5, 136, 400, INT8_TOKEN, biased=True)
+    yield _dense("ragged_split", 17, 70, 1024, INT8_TOKEN, counted=True)
+    yield _dense("ragged_many_rows", 145, 136, 144, INT8_TOKEN, out_dtype=torch.float32)
+    yield _dense("ragged_gaps", 9, 40, 130, INT8_TOKEN, gaps=True)
+    yield _dense("empty", 0, 40, 128, INT8_TOKEN)
+    yield _dense("no_k", 3, 40, 0, INT8_TOKEN)
+    for M in (16, 64, 128):
+        yield _dense(f"m{M}_n4096_k4096", M, 4096, 4096, INT8_TOKEN, counted=True, bench=True)
+    yield _dense("m8192_n8192_k8192", 8192, 8192, 8192, INT8_TOKEN, bench=True)
+
+
+def _routed(
+    name: str, M: int, N: int, K: int, *, counted: bool = False, gaps: bool = False, bench: bool = False, **options: Any
+) -> Case:
+    def build(make: Make) -> dict[str, Any]:
+        x = make.randn(M, K + 8 * gaps)[:, :K]
+        w_hi, w_lo = split_fp32(make.randn(N, K, dtype=torch.float32, scale=max(K, 1) ** -0.5))
+        arguments = {"x": x, "w_hi": w_hi, "w_lo": w_lo, **options}
+        return arguments | {"counters": _zeros(make)} if counted else arguments
+
+    return Case(name, build, bench)
+
+
+def router() -> Iterator[Case]:
+    """Cases of gemm_bf16_fp32."""
+    yield _routed("ragged", 5, 70, 264)
+    yield _routed("ragged_split", 17, 130, 1024, counted=True)
+    yield _routed("ragged_many_rows", 145, 72, 136, out_dtype=torch.bfloat16)
+    yield _routed("ragged_gaps", 3, 16, 100, gaps=True)
+    yield _routed("empty", 0, 16, 64)
+    yield _routed("no_k", 2, 16, 0)
+    for M in (1, 16, 64, 512, 4096):
+        yield _routed(f"m{M}_n192_k4096", M, 192, 4096, counted=True, bench=True)

@@ -1,6 +1,7 @@
 """y[i] = x[i] · w[e]ᵀ for the rows i of each group e: one expert's tokens each, in one launch."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -9,14 +10,16 @@ from torch import Tensor
 
 from penstock.core.cases import Case, Cost
 from penstock.core.check import DENSE, INDICES, anything, boolean
-from penstock.core.formats import FORMATS, Format, name_of
+from penstock.core.formats import BLOCK, FORMATS, Format, name_of
 from penstock.core.op import op
 from penstock.ops.matmul import _cases
 from penstock.ops.matmul.scales import dequantised, expert_scale, is_fp8_format, scale_fault, weight_shapes
+from penstock.ops.matmul.tensor_core import accumulated
 
 OPERANDS = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn)
 RESULTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_EXPERTS = 512
+Product = Callable[[Tensor, Tensor], Tensor]
 
 SPEC = {
     "x": ("T K", OPERANDS),
@@ -135,6 +138,10 @@ def _rows(x: Tensor, gather: Tensor | None, start: int, stop: int) -> Tensor:
     return torch.where(inside[:, None], x.index_select(0, torch.where(inside, index, 0)), 0)
 
 
+def _plain(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w.t()
+
+
 @grouped_gemm.reference
 def _reference(
     x: Tensor,
@@ -145,14 +152,23 @@ def _reference(
     gather: Tensor | None,
     format: str | None,
     exact_accumulation: bool,
+    product: Product = _plain,
 ) -> Tensor:
     wide = dequantised(x, x_scale, format)
     out = wide.new_zeros((wide if gather is None else gather).shape[0], w.shape[1])
     for expert, (start, stop) in enumerate(pairwise(group_offsets.tolist())):
         if stop > start:
             scale = None if w_scale is None or format is None else expert_scale(w_scale, expert, len(w), format)
-            out[start:stop] = _rows(wide, gather, start, stop) @ dequantised(w[expert], scale, format, weight=True).t()
+            out[start:stop] = product(_rows(wide, gather, start, stop), dequantised(w[expert], scale, format, weight=True))
     return out
+
+
+@grouped_gemm.baseline
+def _baseline(*arguments: Any) -> Tensor:
+    *_, format, exact_accumulation = arguments
+    restart = BLOCK if format == "FP8_BLOCK" else None
+    exact = format is None or exact_accumulation
+    return _reference(*arguments, _plain if exact else partial(accumulated, restart=restart))
 
 
 def _fits(x: Tensor, w: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, **others: object) -> str | None:

@@ -22,6 +22,8 @@ from penstock.ops.matmul.tile_triton import (
     find_tile,
     over_channels,
     over_tokens,
+    own_tile,
+    scale_rows,
 )
 
 BAND = 16
@@ -31,22 +33,21 @@ def candidates(kind: str, rows: int, N: int, K: int) -> Iterator[TileConfig]:
     """Configs worth timing."""
     step = 64 if kind == "bf16" else 128
     if rows <= 64:
-        for block_m in {max(16, rows), max(16, 2 * rows)} - {128}:
-            for block_n, block_k, warps in (
-                (128, step, 4),
-                (64, step, 4),
-                (128, step, 8),
-                (128, 2 * step, 4),
-                (64, 2 * step, 4),
-            ):
-                for stages in (3, 4, 6, 8):
+        for block_m in sorted({max(16, rows), max(16, 2 * rows)} - {128}):
+            for block_n, block_k, warps in ((128, step, 4), (64, step, 4), (128, step, 8), (128, 2 * step, 4)):
+                for stages in (2, 3, 4, 6):
                     size = (block_m + block_n) * block_k * (2 if kind == "bf16" else 1) * stages
-                    if 40_000 <= size <= 200_000 and (block_k == step or kind != "fp8_block"):
+                    if (size >= 40_000 or 4 * step >= K) and size <= 200_000 and (block_k == step or kind != "fp8_block"):
                         yield TileConfig(block_m, block_n, block_k, warps, stages, True, True)
-            yield TileConfig(block_m, 128, step, 4, 4, True, False)
         return
-    for tma in (True, False):
-        for block_m, block_n, warps, stages in ((128, 256, 8, 3), (128, 128, 8, 4), (64, 256, 8, 4), (64, 128, 4, 4)):
+    for block_m, block_n, warps, stages in (
+        (128, 256, 8, 3),
+        (128, 128, 8, 3),
+        (128, 128, 8, 4),
+        (64, 128, 4, 4),
+        (64, 128, 4, 3),
+    ):
+        for tma in (True, False):
             yield TileConfig(block_m, block_n, step, warps, stages, False, tma)
 
 
@@ -60,9 +61,11 @@ def configure(kind: str, rows: int, N: int, K: int) -> TileConfig:
     """
     step = 64 if kind == "bf16" else 128
     if rows <= 64:
-        return TileConfig(max(16, rows), 128, step, 4, 4, True, True)
+        # With a short K more programs on a multiprocessor hide each other's beginning.
+        stages = 4 if 4 * step < K else 3 if 2 * step < K else 2
+        return TileConfig(max(16, rows), 128, step, 4, stages, True, True)
     if kind == "fp8_block":
-        return TileConfig(128, 128, step, 8, 3, False, True)
+        return TileConfig(64, 128, step, 4, 4, False, True)
     return TileConfig(128, 256 if N >= 256 else 128, step, 8, 3, False, True)
 
 
@@ -98,7 +101,9 @@ def grouped_kernel(
     w_expert,
     w_row,
     ws_expert,
+    first_id,
     E: tl.constexpr,
+    OWN: tl.constexpr,
     GATHER: tl.constexpr,
     TAIL: tl.constexpr,
     XS: tl.constexpr,
@@ -116,7 +121,10 @@ def grouped_kernel(
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    group, first, stop, tile_n = find_tile(offsets_ptr, tl.program_id(0), num_rows, tiles_n, E, TAIL, BM, BAND)
+    if OWN:
+        group, first, stop, tile_n = own_tile(offsets_ptr, tl.program_id(0), tiles_n, first_id, E)
+    else:
+        group, first, stop, tile_n = find_tile(offsets_ptr, tl.program_id(0), num_rows, tiles_n, E, TAIL, BM, BAND)
     if group < 0:
         return
     rows, live, source, x_live = rows_of(gather_ptr, first, stop, x_count, GATHER, BM)
@@ -131,9 +139,11 @@ def grouped_kernel(
     w_first = (expert * N).to(tl.int32) + tile_n * BN
     blocks = tl.cdiv(K, 128)
     xs_rows = xs_ptr + source * blocks
-    ws_rows = ws_ptr + (expert * tl.cdiv(N, 128) + channels // 128) * blocks
+    W_ONE: tl.constexpr = WS == "block" and 128 % BN == 0
+    ws_rows = scale_rows(ws_ptr, expert * tl.cdiv(N, 128), channels, tile_n * BN, blocks, W_ONE)
     acc, _ = accumulate(x_rows, x_live, w_rows, w_live, w_desc, w_first, w_rows, w_desc, w_first, xs_rows, ws_rows, ws_rows,
-                        0, last, K, False, XS == "block", WS == "block", SWAP, EXACT, TMA, EVEN_K, BM, BN, BK)  # fmt: skip
+                        0, last, K, False, XS == "block", WS == "block", W_ONE, W_ONE, SWAP, EXACT, TMA, EVEN_K, BM, BN,
+                        BK)  # fmt: skip
     if XS == "tensor":
         acc *= tl.load(xs_ptr)
     elif XS == "token":
@@ -177,6 +187,7 @@ def launch_grouped(
     exact: bool = False,
     tail: bool = True,
     early: bool = False,
+    own: int | None = None,
 ) -> None:
     """Launches over tiles.
 
@@ -184,17 +195,23 @@ def launch_grouped(
         x_scales: "none", "tensor", "token" or "block".
         w_scales: "none", "tensor", "channel" or "block".
         tail: rows after the last group are written, as zeros.
+        own: every row is a group of its own, and `offsets` holds [R] ids of experts, of which this is the first; an id of no
+            expert leaves its row unwritten.
         early: this kernel may be brought to the device before the one before it has ended, and lets the next one come.
     """
     R, N = out.shape
     E, _, K = w.shape
     if out.numel() == 0:
         return
+    if K == 0:
+        # There are no blocks whose scales could be read.
+        x_scales = w_scales = "none"
     config = configure.on(x.device, kind_of(x, x_scales, w_scales), average(R, E), N, K)
     w_desc, tma = descriptor(w, config)
     tiles_n = triton.cdiv(N, config.block_n)
     options: dict[str, Any] = {"launch_pdl": True} if early else {}
-    grouped_kernel[(tile_bound(R, E + tail, config.block_m) * tiles_n,)](
+    tiles_m = tile_bound(R, E + tail, config.block_m) if own is None else R
+    grouped_kernel[(tiles_m * tiles_n,)](
         out,
         x,
         w,
@@ -213,7 +230,9 @@ def launch_grouped(
         w.stride(0),
         w.stride(1),
         0 if w_scale is None or w_scale.numel() == 1 else 1,
+        own or 0,
         E=E,
+        OWN=own is not None,
         GATHER=gather is not None,
         TAIL=tail,
         XS=x_scales,

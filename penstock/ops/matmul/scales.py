@@ -61,3 +61,17 @@ def kinds(format: str | None) -> tuple[str, str]:
         return "none", "none"
     kind = FORMATS[format].granularity
     return kind, {"token": "channel"}.get(kind, kind)
+
+
+def unfit(**operands: Tensor | None) -> str | None:
+    """Why the kernel cannot read these operands, or None when it can."""
+    for name, value in operands.items():
+        if value is None:
+            continue
+        if value.dtype is torch.float32 and value.dim() == 2 and not name.endswith("scale"):
+            return f"`{name}` is float32: tensor cores would round it to TF32"
+        if name.endswith("scale") and not value.is_contiguous():
+            return f"`{name}` has strides {list(value.stride())}, the kernel wants it contiguous"
+        if not name.endswith("scale") and value.stride(-1) != 1 and value.shape[-1] > 1:
+            return f"`{name}` has stride {value.stride(-1)} along K, the kernel reads stride 1"
+    return None

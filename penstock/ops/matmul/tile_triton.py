@@ -87,16 +87,32 @@ def _load_w(w_rows, w_live, w_desc, w_first, start, k_live, EVEN_K: tl.constexpr
 
 
 @triton.jit
-def _block_scale(xs_rows, x_live, ws_rows, w_live, block, X_BLOCK: tl.constexpr, W_BLOCK: tl.constexpr, SWAP: tl.constexpr):
+def _block_scale(
+    xs_rows,
+    x_live,
+    ws_rows,
+    w_live,
+    block,
+    X_BLOCK: tl.constexpr,
+    W_BLOCK: tl.constexpr,
+    W_ONE: tl.constexpr,
+    SWAP: tl.constexpr,
+):
     """The scales of one block of K, to broadcast over a tile."""
-    if X_BLOCK and W_BLOCK:
+    if W_ONE:
+        ws = tl.load(ws_rows + block)
+    elif W_BLOCK:
+        ws = over_channels(tl.load(ws_rows + block, w_live, other=0.0), SWAP)
+    if X_BLOCK:
         xs = tl.load(xs_rows + block, x_live, other=0.0)
-        ws = tl.load(ws_rows + block, w_live, other=0.0)
-        return over_tokens(xs, SWAP) * over_channels(ws, SWAP)
-    elif X_BLOCK:
-        return over_tokens(tl.load(xs_rows + block, x_live, other=0.0), SWAP)
+        if W_ONE:
+            return over_tokens(xs * ws, SWAP)
+        elif W_BLOCK:
+            return over_tokens(xs, SWAP) * ws
+        else:
+            return over_tokens(xs, SWAP)
     else:
-        return over_channels(tl.load(ws_rows + block, w_live, other=0.0), SWAP)
+        return ws
 
 
 @triton.jit
@@ -119,6 +135,8 @@ def accumulate(
     PAIR: tl.constexpr,
     X_BLOCK: tl.constexpr,
     W_BLOCK: tl.constexpr,
+    W_ONE: tl.constexpr,
+    PAIR_ONE: tl.constexpr,
     SWAP: tl.constexpr,
     EXACT: tl.constexpr,
     TMA: tl.constexpr,
@@ -134,7 +152,8 @@ def accumulate(
     Args:
         x_rows, w_rows, pair_rows: where each row begins.
         w_desc, w_first, pair_desc, pair_first: with TMA the weights' descriptors and the tile's first rows in them.
-        xs_rows, ws_rows, pair_scale_rows: where each row's block scales begin.
+        xs_rows, ws_rows, pair_scale_rows: where each row's block scales begin; with W_ONE, or PAIR_ONE for the
+            pair, all the tile's channels share theirs.
     """
     ACC: tl.constexpr = tl.int32 if x_rows.dtype.element_ty == tl.int8 else tl.float32
     ROWS: tl.constexpr = BN if SWAP else BM
@@ -143,6 +162,12 @@ def accumulate(
     # Without a pair this is a loop-carried nothing.
     second = tl.zeros([ROWS, COLUMNS] if PAIR else [1, 1], ACC)
     steps = tl.arange(0, BK)
+    if X_BLOCK or W_BLOCK:
+        end = tl.maximum((K - 1) // 128, 0)
+        block = tl.minimum(first * BK // 128, end)
+        scale = _block_scale(xs_rows, x_live, ws_rows, w_live, block, X_BLOCK, W_BLOCK, W_ONE, SWAP)
+        if PAIR:
+            pair_scale = _block_scale(xs_rows, x_live, pair_scale_rows, w_live, block, X_BLOCK, W_BLOCK, PAIR_ONE, SWAP)
     for step in tl.range(first, last):
         start = step * BK
         k_live = start + steps < K
@@ -152,19 +177,31 @@ def accumulate(
         x = tl.load(x_rows[:, None] + (start + steps)[None, :], mask, other=0.0)
         w = _load_w(w_rows, w_live, w_desc, w_first, start, k_live, EVEN_K, TMA, BK)
         if X_BLOCK or W_BLOCK:
-            block = start // 128
-            part = _multiply(x, w, tl.zeros([ROWS, COLUMNS], ACC), SWAP, EXACT)
-            acc += part * _block_scale(xs_rows, x_live, ws_rows, w_live, block, X_BLOCK, W_BLOCK, SWAP)
+            # The next step's scales are asked for here: a step of tensor-core work is no longer than their way.
+            block = tl.minimum((start + BK) // 128, end)
+            now = scale
+            scale = _block_scale(xs_rows, x_live, ws_rows, w_live, block, X_BLOCK, W_BLOCK, W_ONE, SWAP)
+            acc += _multiply(x, w, tl.zeros([ROWS, COLUMNS], ACC), SWAP, EXACT) * now
         else:
             acc = _multiply(x, w, acc, SWAP, EXACT)
         if PAIR:
             w = _load_w(pair_rows, w_live, pair_desc, pair_first, start, k_live, EVEN_K, TMA, BK)
             if X_BLOCK or W_BLOCK:
-                part = _multiply(x, w, tl.zeros([ROWS, COLUMNS], ACC), SWAP, EXACT)
-                second += part * _block_scale(xs_rows, x_live, pair_scale_rows, w_live, block, X_BLOCK, W_BLOCK, SWAP)
+                now = pair_scale
+                pair_scale = _block_scale(xs_rows, x_live, pair_scale_rows, w_live, block, X_BLOCK, W_BLOCK, PAIR_ONE, SWAP)
+                second += _multiply(x, w, tl.zeros([ROWS, COLUMNS], ACC), SWAP, EXACT) * now
             else:
                 second = _multiply(x, w, second, SWAP, EXACT)
     return acc, second
+
+
+@triton.jit
+def scale_rows(ws_ptr, first_row, channels, tile_first, blocks, W_ONE: tl.constexpr):
+    """Where the block scales of a tile's channels begin: one pointer when they share them; first_row is the expert's."""
+    if W_ONE:
+        return ws_ptr + (first_row + tile_first // 128) * blocks
+    else:
+        return ws_ptr + (first_row + channels // 128) * blocks
 
 
 @triton.jit
@@ -199,3 +236,11 @@ def find_tile(offsets_ptr, tile, num_rows, tiles_n, E: tl.constexpr, TAIL: tl.co
     stop = tl.sum(tl.where(here, end, 0), 0)
     tile_m, tile_n = walk(tile - before * tiles_n, tl.maximum(tiles_m, 1), tiles_n, BAND)
     return tl.where(group < COUNT, group, -1), first + tile_m * BM, stop, tile_n
+
+
+@triton.jit
+def own_tile(ids_ptr, tile, tiles_n, first_id, E: tl.constexpr):
+    """What find_tile answers when every row is a group of its own, whose expert is ids[row] - first_id."""
+    row = tile // tiles_n
+    group = tl.load(ids_ptr + row) - first_id
+    return tl.where((group >= 0) & (group < E), group, -1), row, row + 1, tile % tiles_n

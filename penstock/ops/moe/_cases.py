@@ -83,13 +83,14 @@ def layers() -> Iterator[Case]:
     for format in (None, FP8_TENSOR, FP8_TOKEN, FP8_BLOCK):
         name = "bf16" if format is None else format.name.lower()
         yield layer(f"{name}_ragged", 7, 5, 3, 144, 80, format)
-        yield layer(f"{name}_ragged_parallel", 6, 3, 2, 128, 192, format, experts=8, expert_offset=2, shared=True)
-        yield layer(f"{name}_ragged_repeated", 7, 4, 3, 96, 64, format, repeated=True)
-        yield layer(f"{name}_large_ragged", 66, 2, 2, 128, 48, format)
-        yield layer(f"{name}_decode_row", 1, 8, 2, 128, 64, format)
+        yield layer(f"{name}_ragged_parallel", 9, 3, 2, 128, 192, format, experts=8, expert_offset=2, shared=True)
+        if format in (None, FP8_BLOCK):
+            yield layer(f"{name}_ragged_repeated", 7, 4, 3, 96, 64, format, repeated=True)
+            yield layer(f"{name}_large_ragged", 66, 2, 2, 128, 48, format)
+        yield layer(f"{name}_decode_row", 2, 8, 3, 128, 64, format, experts=14, expert_offset=3, repeated=True)
         yield layer(f"{name}_empty", 0, 4, 2, 128, 64, format)
     for format in (FP8_TENSOR, FP8_TOKEN, FP8_BLOCK):
-        yield layer(f"{format.name.lower()}_ready_ragged", 4, 3, 2, 144, 136, format, ready=True)
+        yield layer(f"{format.name.lower()}_ready_ragged", 3, 3, 2, 144, 136, format, ready=True)
     yield layer("no_choices", 3, 4, 0, 64, 32)
     yield layer("float16_ragged", 5, 4, 2, 64, 32, dtype=torch.float16)
     yield layer("float32_ragged", 5, 4, 2, 64, 32, dtype=torch.float32, shared=True)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from penstock.core.cases import Case, Cost, nbytes
 from penstock.core.check import DENSE, INDICES, anything, count, one_of
-from penstock.core.formats import FORMATS, FP8_BLOCK, Format, name_of
+from penstock.core.formats import BLOCK, FORMATS, FP8_BLOCK, Format, name_of
 from penstock.core.op import op
 from penstock.ops.matmul.scales import dequantised, expert_scale, is_fp8_format, scale_fault, weight_shapes
+from penstock.ops.matmul.tensor_core import accumulated
 from penstock.ops.moe import _cases
 
 OPERANDS = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn)
@@ -117,6 +118,8 @@ def _relation(
     E = w_gate_up.shape[0]
     if not 1 <= E <= MAX_EXPERTS:
         return "w_gate_up", f"must have 1 to {MAX_EXPERTS} experts, got {E}"
+    if w_down.shape[2] == 0:
+        return "w_down", "must have at least one channel of the product, got 0"
     if topk_ids.shape[1] > MAX_TOP_K:
         return "topk_ids", f"must have at most {MAX_TOP_K} experts a token, got {topk_ids.shape[1]}"
     # The float64 oracle comes with float64 for every float.
@@ -142,6 +145,10 @@ def _relation(
     return None
 
 
+def _plain(x: Tensor, w: Tensor, restart: int | None) -> Tensor:
+    return x @ w.t()
+
+
 def _compute(
     x: Tensor,
     w_gate_up: Tensor,
@@ -157,9 +164,11 @@ def _compute(
     expert_offset: int,
     rounded: torch.dtype | None = None,
 ) -> Tensor:
-    """The definition; with `rounded` what kernels keep between the products is rounded to it, as they do."""
+    """The definition; with `rounded` as kernels compute it: what they keep between the products is rounded to that dtype."""
     T, k = topk_ids.shape
     E = w_gate_up.shape[0]
+    multiply = _plain if rounded is None or format is None else accumulated
+    restart = BLOCK if format == "FP8_BLOCK" else None
     if format is not None and x_scale is None:
         kind = FORMATS["FP8_BLOCK" if format == "FP8_BLOCK" else "FP8_TOKEN"]
         wide = dequantised(x, None, None)
@@ -177,16 +186,19 @@ def _compute(
             None if scale is None or format is None else expert_scale(scale, expert, E, format)
             for scale in (w_gate_up_scale, w_down_scale)
         ]
-        gate, up = (wide[slots // k] @ dequantised(w_gate_up[expert], scales[0], format, weight=True).t()).chunk(2, -1)
+        products = multiply(wide[slots // k], dequantised(w_gate_up[expert], scales[0], format, weight=True), restart)
+        gate, up = products.chunk(2, -1)
         product = gate * torch.sigmoid(gate) * up
         if format is not None:
             scale = FP8_BLOCK.spread(FP8_BLOCK.dynamic_scale(product), product.shape)
             product = FP8_BLOCK.encode(product / scale).to(product.dtype) * scale
         elif rounded is not None:
             product = product.to(rounded).to(product.dtype)
-        y = product @ dequantised(w_down[expert], scales[1], format, weight=True).t()
+        y = multiply(product, dequantised(w_down[expert], scales[1], format, weight=True), BLOCK)
         outputs[slots] = y if rounded is None else y.to(rounded).to(y.dtype)
-    total = (outputs.view(T, k, x.shape[1]) * topk_weights.to(wide.dtype)[..., None]).sum(1)
+    inside = (topk_ids >= expert_offset) & (topk_ids < expert_offset + E)
+    weights = torch.where(inside, topk_weights, 0).to(wide.dtype)
+    total = (outputs.view(T, k, x.shape[1]) * weights[..., None]).sum(1)
     return total if shared_output is None else total + shared_output
 
 

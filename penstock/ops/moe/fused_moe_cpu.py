@@ -29,8 +29,10 @@ def compute(
             gate, up = F.linear(x[slots // k], w_gate_up[expert]).chunk(2, -1)
             product = F.silu(gate.float()).mul_(up).to(x.dtype)
             outputs[slots] = F.linear(product, w_down[expert])
+    inside = (topk_ids >= expert_offset) & (topk_ids < expert_offset + E)
+    weights = torch.where(inside, topk_weights, 0)
     by_token = outputs.view(T, k, x.shape[1])
     total = torch.zeros(x.shape, dtype=torch.float32)
     for slot in range(k):
-        total.addcmul_(by_token[:, slot].float(), topk_weights[:, slot, None])
+        total.addcmul_(by_token[:, slot].float(), weights[:, slot, None])
     out.copy_(total if shared_output is None else total.add_(shared_output))

@@ -1,6 +1,6 @@
 """Philox4x32-10: 128 random bits of a 128-bit counter and a 64-bit key, in torch and in Python integers.
 
-A draw uses the counter (offset low, offset high, stream, 0), the key (seed low, seed high) and the first two words of the
+A draw uses the counter (offset low, offset high, stream, turn), the key (seed low, seed high) and the first two words of the
 answer, 64 bits in all. `verify_draft` has a stream of its own, whose last two words accept or reject.
 Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
 """
@@ -37,21 +37,21 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack([c0, c1, c2, c3], 1)
 
 
-def words(seeds: Tensor, offsets: Tensor, stream: int = SAMPLE_STREAM) -> tuple[list[int], list[int]]:
+def words(seeds: Tensor, offsets: Tensor, stream: int = SAMPLE_STREAM, turn: int = 0) -> tuple[list[int], list[int]]:
     """The first 64 bits of every (seed, offset), and the last, as unsigned integers."""
     if len(seeds) < MANY:
-        pairs = [words_of(seed, offset, stream) for seed, offset in zip(seeds.tolist(), offsets.tolist(), strict=True)]
+        pairs = [words_of(seed, offset, stream, turn) for seed, offset in zip(seeds.tolist(), offsets.tolist(), strict=True)]
     else:
         zero = torch.zeros_like(seeds)
-        counter = torch.stack([offsets & _WORD, offsets >> 32 & _WORD, zero + stream, zero], 1)
+        counter = torch.stack([offsets & _WORD, offsets >> 32 & _WORD, zero + stream, zero + turn], 1)
         answers = philox(counter, torch.stack([seeds & _WORD, seeds >> 32 & _WORD], 1)).tolist()
         pairs = [(b << 32 | a, d << 32 | c) for a, b, c, d in answers]
     return [first for first, _ in pairs], [last for _, last in pairs]
 
 
-def words_of(seed: int, offset: int, stream: int = SAMPLE_STREAM) -> tuple[int, int]:
+def words_of(seed: int, offset: int, stream: int = SAMPLE_STREAM, turn: int = 0) -> tuple[int, int]:
     """The first and the last 64 bits of one (seed, offset), in Python's integers."""
-    c0, c1, c2, c3 = offset & _WORD, offset >> 32 & _WORD, stream, 0
+    c0, c1, c2, c3 = offset & _WORD, offset >> 32 & _WORD, stream, turn
     k0, k1 = seed & _WORD, seed >> 32 & _WORD
     for _ in range(ROUNDS):
         first, second = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]

@@ -9,6 +9,8 @@ import triton.language as tl
 from penstock.ops.sampling import _weights
 
 ONE = tl.constexpr(_weights.ONE)
+# 1.5 · 2**23: a sum with it is rounded to a whole number, half to even, which stands in its lowest bits.
+ROUND = tl.constexpr(12582912.0)
 C6 = tl.constexpr(_weights.POLYNOMIAL[0])
 C5 = tl.constexpr(_weights.POLYNOMIAL[1])
 C4 = tl.constexpr(_weights.POLYNOMIAL[2])
@@ -24,10 +26,10 @@ TWO_63 = tl.constexpr(2.0**63)
 
 @triton.jit
 def clean(x):
-    """Logits as float32: NaN becomes -inf, +inf the largest finite number, -0 becomes 0."""
+    """Logits as float32: NaN becomes -inf, +inf the largest finite number."""
     x = x.to(tl.float32)
     x = tl.where(x == x, x, float("-inf"))
-    return tl.minimum(x, LARGEST) + 0.0
+    return tl.minimum(x, LARGEST)
 
 
 @triton.jit
@@ -40,8 +42,8 @@ def scale_of(temperature):
 def weigh(x, top, scale):
     """Integer weights of clean logits; top must be above -inf."""
     exponent = tl.maximum((x - top) * scale, LOWEST)
-    whole = tl.floor(exponent + 0.5)
-    exponent = exponent - whole
+    whole = exponent + ROUND
+    exponent = exponent - (whole - ROUND)
     power = exponent * C6
     power = (power + C5) * exponent
     power = (power + C4) * exponent
@@ -49,14 +51,14 @@ def weigh(x, top, scale):
     power = (power + C2) * exponent
     power = (power + C1) * exponent
     power = power + 1.0
-    bits = power.to(tl.int32, bitcast=True) + ((whole.to(tl.int32) + ONE) << 23)
+    bits = power.to(tl.int32, bitcast=True) + (whole.to(tl.int32, bitcast=True) << 23) + (ONE << 23)
     return bits.to(tl.float32, bitcast=True).to(tl.int64)
 
 
 @triton.jit
 def key_of(x):
     """An integer that orders clean logits."""
-    bits = x.to(tl.int32, bitcast=True)
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -83,12 +85,12 @@ def share(fraction, mass):
 
 
 @triton.jit
-def random_words(seed, offset, stream):
+def random_words(seed, offset, stream, turn):
     """The first and the last 64 bits of Philox4x32-10."""
     lower = (offset & 0xFFFFFFFF).to(tl.uint32)
     upper = ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    zero = tl.full([], 0, tl.uint32)
-    word0, word1, word2, word3 = tl.philox(seed, lower, upper, zero + stream, zero)
+    zero = lower ^ lower
+    word0, word1, word2, word3 = tl.philox(seed, lower, upper, zero + stream, zero + turn.to(tl.uint32))
     return word0.to(tl.uint64) | (word1.to(tl.uint64) << 32), word2.to(tl.uint64) | (word3.to(tl.uint64) << 32)
 
 

@@ -99,10 +99,10 @@ def best_ids(logits: Tensor, top_n: int) -> Tensor:
 
 @log_probs.impl("triton", needs=("triton",))
 def _triton(chosen: Tensor, ranks: Tensor, top_ids: Tensor, top: Tensor, logits: Tensor, ids: Tensor, top_n: int) -> None:
-    """Two small kernels for the sums and ranks; the best ids are torch.topk's, on the same device."""
-    from penstock.ops.sampling.log_probs_triton import launch
+    """The best ids are torch.topk's, on the same device, where there are many."""
+    from penstock.ops.sampling.log_probs_triton import MOST, launch
 
-    best = best_ids(logits, top_n) if top_n else None
+    best = best_ids(logits, top_n) if top_n > MOST else None
     launch(chosen, ranks, top_ids, top, logits, ids, best)
 
 

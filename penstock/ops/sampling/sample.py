@@ -12,7 +12,7 @@ from penstock.core.check import DENSE, FLOATS, anything
 from penstock.core.op import op
 from penstock.ops.sampling._options import OPTION, Range, check_rows, rows_of, split
 from penstock.ops.sampling._philox import words_of
-from penstock.ops.sampling._weights import clean, draw, keep
+from penstock.ops.sampling._weights import TILE, TURNS, clean, draw, keep, scales, weigh_tiles
 
 SPEC = {
     "logits": ("B V", FLOATS, DENSE),
@@ -57,8 +57,10 @@ def sample(
 
     The order of a row is by logit, larger first, and by id, smaller first, where logits are equal. Top-k keeps the first k
     ids. Top-p keeps the shortest run from the first on whose share of the mass that top-k left is at least p. Min-p keeps
-    what has at least min_p times the probability of the first. The draw inverts the cumulative mass of what is kept, by
-    ascending id, at one Philox4x32-10 uniform of 64 bits keyed by the seed, with the offset as counter.
+    what has at least min_p times the probability of the first. The draw inverts the cumulative mass by
+    ascending id, at Philox4x32-10 uniforms of 64 bits keyed by the seed, with the offset and the turn as counter. Under top-k
+    it inverts the mass of what is kept, at turn 0. Otherwise it inverts the mass of the whole row, over tiles of 128 ids and
+    then inside one, until the id is one that top-p and min-p keep, in turns 0 to 31, and what is kept at turn 32.
 
     Guaranteed: the id depends on the row's logits, options, seed and offset alone, and is equal, not merely equally
     distributed, in every implementation, batch, position and replay, on CPUs and GPUs. Weights are integers, made by float32
@@ -97,6 +99,28 @@ def _check_values(**arguments: Any) -> None:
     check_rows(sample, RANGES, arguments)
 
 
+def draw_id(row: Tensor, seed: int, offset: int, temperature: Tensor, k: int, p: float, floor: float) -> int:
+    """The id that a clean row draws."""
+    kept = keep(row, temperature, k, p, floor)
+    turn = 0
+    if temperature > 0 and row.max() > -math.inf and not 0 < k < len(row):
+        masses, weights = weigh_tiles(row[None], row.max()[None], scales(temperature)[None])
+        while turn < TURNS:
+            bits, more = words_of(seed, offset, turn=turn)
+            tile = _invert(masses[0], bits)
+            drawn = tile * TILE + _invert(weights[0, tile], more)
+            if (p >= 1 and floor == 0) or kept[drawn] > 0:
+                return drawn
+            turn += 1
+    return _invert(kept, words_of(seed, offset, turn=turn)[0])
+
+
+def _invert(weights: Tensor, bits: int) -> int:
+    """The position where the cumulative weights pass a uniform share of their sum."""
+    cumulative = weights.cumsum(0)
+    return int((cumulative <= draw(bits, int(cumulative[-1]))).sum())
+
+
 @sample.reference
 def _reference(
     logits: Tensor,
@@ -120,14 +144,12 @@ def _reference(
     )
     ids = []
     for row, seed, offset, *filters in zip(clean(logits).cpu(), seeds.tolist(), offsets.tolist(), *options, strict=True):
-        cumulative = keep(row, *filters).cumsum(0)
-        bits, _ = words_of(seed, offset)
-        ids.append(int((cumulative <= draw(bits, int(cumulative[-1]))).sum()))
+        ids.append(draw_id(row, seed, offset, *filters))
     return torch.tensor(ids, dtype=torch.int32)
 
 
-# Triton 3.9 keeps one 8-byte value of cut_kernel on the stack, 3.6 none.
-@sample.impl("triton", needs=("triton",), spill_bytes=8)
+# Triton 3.6 spills in row_kernel where it compares 128 candidates each with each; 16 warps spill less, but were not timed.
+@sample.impl("triton", needs=("triton",), spill_bytes=128)
 def _triton(out: Tensor, *arguments: Any) -> None:
     from penstock.ops.sampling.sample_triton import launch
 

@@ -1,5 +1,5 @@
-"""Without a sort of the vocabulary: rows together, filtered ones with candidates from torch.topk; the few that these do not
-settle (a wide nucleus, ties at the cut) one by one."""
+"""Without a sort of the vocabulary: rows together, those at top-k with candidates from torch.topk; the few that these do not
+settle (many candidates, ties at the cut) one by one."""
 
 import math
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from penstock.ops.sampling._options import rows_of
 from penstock.ops.sampling._philox import words
-from penstock.ops.sampling._weights import LARGEST, ONE, at_least, clean, draw, scales, weigh
+from penstock.ops.sampling._weights import LARGEST, ONE, TILE, TURNS, at_least, clean, draw, scales, weigh, weigh_tiles
 
-# A nucleus is mostly smaller; a larger one is cheaper to sort than to select (numpy sorts with vector instructions).
+# A top-k is mostly smaller; a larger one is cheaper to sort than to select (numpy sorts with vector instructions).
 CANDIDATES = 256
 # Weights of this many logits at once stay in a core's cache.
 TOGETHER = 2**16
@@ -41,108 +41,130 @@ def launch(
     if bool((largest.isnan() | (largest > LARGEST)).any()):
         rows = clean(rows)
         largest = rows.amax(1)
-    ids = [0] * B
-    unsettled: list[int] = []
+    ids = torch.zeros(B, dtype=torch.int64)
     if bool((heats == 0).any()):
         # torch.argmax does not promise the first of equal values; numpy's does.
-        ids = rows.numpy().argmax(1).tolist()
-    hot = ((heats > 0) & (largest > -math.inf)).tolist()
+        ids = torch.from_numpy(rows.numpy().argmax(1))
+    hot = (heats > 0) & (largest > -math.inf)
     scale = scales(heats)
-    ks = rows_of(top_k, top_k_value, logits, torch.int32).tolist()
-    ps = rows_of(top_p, top_p_value, logits).tolist()
-    least = [at_least(p, 1 << ONE) for p in rows_of(min_p, min_p_value, logits).tolist()]
-    bits, _ = words(seeds, offsets)
-    free = [row for row in range(B) if hot[row] and ps[row] >= 1 and not 0 < ks[row] < V]
+    ks = rows_of(top_k, top_k_value, logits, torch.int32)
+    ps = rows_of(top_p, top_p_value, logits)
+    floors = rows_of(min_p, min_p_value, logits)
+    counted = (ks > 0) & (ks < V)
     step = max(1, TOGETHER // V)
-    for start in range(0, len(free), step):
-        some = free[start : start + step]
-        index: slice | list[int] = slice(some[0], some[-1] + 1) if some[-1] - some[0] == len(some) - 1 else some
-        weights = weigh(rows[index], largest[index, None], scale[index, None])
-        for row, position in zip(some, _draw(weights, [least[row] for row in some], [bits[row] for row in some]), strict=True):
-            ids[row] = position
-    filtered = sorted({row for row in range(B) if hot[row]} - set(free))
-    for start in range(0, len(filtered), step):
-        some = filtered[start : start + step]
-        settled = _draw_filtered(rows, largest, scale, ks, ps, least, bits, some) if len(some) > 1 else {}
-        for row, position in settled.items():
-            ids[row] = position
-        unsettled += [row for row in some if row not in settled]
-    for row in unsettled:
-        top, by = float(largest[row]), float(scale[row])
-        kept = keep(rows[row], top, by, ks[row], ps[row])
-        [position] = _draw(weigh(rows[row][kept], top, by)[None], [least[row]], [bits[row]])
-        ids[row] = int(kept[position])
-    out.copy_(torch.tensor(ids, dtype=torch.int32))
+    whole, cut = (hot & ~counted).nonzero()[:, 0], (hot & counted).nonzero()[:, 0]
+    for start in range(0, len(whole), step):
+        some = whole[start : start + step]
+        ids[some] = _draw_in_turns(rows[some], largest[some], scale[some], ps[some], floors[some], seeds[some], offsets[some])
+    for start in range(0, len(cut), step):
+        some = cut[start : start + step]
+        ids[some] = _draw_counted(
+            rows[some], largest[some], scale[some], ks[some], ps[some], floors[some], seeds[some], offsets[some]
+        )
+    out.copy_(ids)
 
 
-def _draw(weights: Tensor, least: list[int], bits: list[int]) -> list[int]:
-    """The drawn position of each row of weights; what weighs less than `least` is out."""
-    if max(least) > 1:
-        weights *= weights >= torch.tensor(least)[:, None]
+def _draw_in_turns(
+    rows: Tensor, top: Tensor, scale: Tensor, ps: Tensor, floors: Tensor, seeds: Tensor, offsets: Tensor
+) -> Tensor:
+    """The ids of rows without top-k: draws from the whole row until one is kept by top-p and min-p."""
+    masses, weights = weigh_tiles(rows, top, scale)
+    needed = needed_masses(ps, masses)
+    least = torch.tensor([at_least(floor, 1 << ONE) for floor in floors.tolist()])
+    filtered = bool(((ps < 1) | (floors > 0)).any())
+    everything = weigh(rows, top[:, None], scale[:, None]) if filtered else rows
+    ids = torch.zeros(len(rows), dtype=torch.int64)
+    left = torch.arange(len(rows))
+    for turn in range(TURNS):
+        bits, more = words(seeds[left], offsets[left], turn=turn)
+        tiles = _invert(masses[left], bits)
+        drawn = tiles * TILE + _invert(weights[left, tiles], more)
+        ids[left] = drawn
+        if not filtered:
+            return ids
+        own, weighed = rows[left], everything[left]
+        at = drawn[:, None]
+        value = own.gather(1, at)
+        before = (own > value) | ((own == value) & (torch.arange(rows.shape[1]) < at))
+        kept = ((weighed * before).sum(1) < needed[left]) & (weighed.gather(1, at)[:, 0] >= least[left])
+        kept |= (ps[left] >= 1) & (floors[left] == 0)
+        left = left[~kept]
+        if len(left) == 0:
+            return ids
+    bits, _ = words(seeds[left], offsets[left], turn=TURNS)
+    for row, word in zip(left.tolist(), bits, strict=True):
+        own = rows[row]
+        kept = keep(own, float(top[row]), float(scale[row]), int(needed[row]))
+        kept = kept[everything[row, kept] >= least[row]]
+        ids[row] = kept[_invert(everything[row, kept][None], [word])]
+    return ids
+
+
+def _draw_counted(
+    rows: Tensor, top: Tensor, scale: Tensor, ks: Tensor, ps: Tensor, floors: Tensor, seeds: Tensor, offsets: Tensor
+) -> Tensor:
+    """The ids of rows at top-k."""
+    width = min(rows.shape[1], CANDIDATES, int(ks.max()))
+    values, order = rows.topk(width)
+    weights = weigh(values, top[:, None], scale[:, None])
+    weights *= torch.arange(width) < ks[:, None]
+    cumulative = weights.cumsum(1)
+    needed = needed_masses(ps, weights)
+    reach = torch.searchsorted(cumulative, needed[:, None])[:, 0] + 1
+    reach = torch.where(ps < 1, reach, ks)
+    # A tie across the cut is settled by id, which topk does not promise.
+    last = values.gather(1, reach.clamp(max=width)[:, None] - 1)
+    settled = (ks <= width) & ((rows >= last).sum(1) == reach)
+    least = torch.tensor([at_least(floor, 1 << ONE) for floor in floors.tolist()])[:, None]
+    weights *= (torch.arange(width) < reach[:, None]) & (weights >= least)
+    order, by_id = order.sort(1)
+    bits, _ = words(seeds, offsets)
+    ids = order.gather(1, _invert(weights.gather(1, by_id), bits)[:, None].clamp_(max=width - 1))[:, 0]
+    for row in (~settled).nonzero()[:, 0].tolist():
+        kept = keep_counted(rows[row], float(top[row]), float(scale[row]), int(ks[row]), float(ps[row]))
+        weights_kept = weigh(rows[row][kept], top[row], scale[row])
+        weights_kept *= weights_kept >= least[row]
+        ids[row] = kept[_invert(weights_kept[None], [bits[row]])]
+    return ids
+
+
+def needed_masses(ps: Tensor, masses: Tensor) -> Tensor:
+    """[B]: the mass that top-p asks for of each row of masses; more than there can be where it keeps all."""
+    sums = masses.sum(1).tolist()
+    needed = [at_least(p, mass) if p < 1 else 2**62 for p, mass in zip(ps.tolist(), sums, strict=True)]
+    return torch.tensor(needed, dtype=torch.int64)
+
+
+def _invert(weights: Tensor, bits: list[int]) -> Tensor:
+    """The drawn position of each row of weights."""
     cumulative = weights.cumsum(1)
     targets = [draw(random, mass) for random, mass in zip(bits, cumulative[:, -1].tolist(), strict=True)]
-    return torch.searchsorted(cumulative, torch.tensor(targets)[:, None], right=True)[:, 0].tolist()
+    return torch.searchsorted(cumulative, torch.tensor(targets)[:, None], right=True)[:, 0]
 
 
-def _draw_filtered(
-    rows: Tensor,
-    largest: Tensor,
-    scale: Tensor,
-    ks: list[int],
-    ps: list[float],
-    least: list[int],
-    bits: list[int],
-    some: list[int],
-) -> dict[int, int]:
-    """The drawn ids of those rows whose kept tokens are for certain among the largest CANDIDATES."""
-    V = rows.shape[1]
-    whole = len(some) == len(rows)
-    own = rows if whole else rows[some]
-    top, by = (largest, scale) if whole else (largest[some], scale[some])
-    limits = [ks[row] if 0 < ks[row] < V else V for row in some]
-    width = min(V, CANDIDATES, max(limits))
-    values, order = own.topk(width)
-    weights = weigh(values, top[:, None], by[:, None])
-    if min(limits) < width:
-        weights *= torch.arange(width) < torch.tensor(limits)[:, None]
-    cumulative = weights.cumsum(1)
-    masses = cumulative[:, -1].tolist()
-    if max(limits) == V and width < V:
-        everything = weigh(own, top[:, None], by[:, None]).sum(1).tolist()
-        masses = [mass if limit < V else all_of_it for mass, limit, all_of_it in zip(masses, limits, everything, strict=True)]
-    needed = [at_least(ps[row], mass) for row, mass in zip(some, masses, strict=True)]
-    reach = torch.searchsorted(cumulative, torch.tensor(needed)[:, None])[:, 0] + 1
-    by_count = torch.tensor([limit if ps[row] >= 1 else V for row, limit in zip(some, limits, strict=True)])
-    reach = torch.where(by_count < V, by_count, reach)
-    inside = reach <= width
-    reach.clamp_(max=width)
-    # A tie across the cut is settled by id, which topk does not promise.
-    last = values.gather(1, reach[:, None] - 1)
-    settled = (inside & ((own >= last).sum(1) == reach)).tolist()
-    weights *= torch.arange(width) < reach[:, None]
-    order, by_id = order.sort(1)
-    drawn = _draw(weights.gather(1, by_id), [least[row] for row in some], [bits[row] for row in some])
-    ids = order.gather(1, torch.tensor(drawn)[:, None].clamp_(max=width - 1))[:, 0].tolist()
-    return {row: position for row, position, good in zip(some, ids, settled, strict=True) if good}
-
-
-def keep(row: Tensor, top: float, scale: float, k: int, p: float) -> Tensor:
-    """The ids, ascending, that top-k and top-p keep."""
-    V = len(row)
-    if 0 < k < V:
-        values = row.topk(k).values
-        if p < 1:
-            cumulative = weigh(values, top, scale).cumsum(0)
-            values = values[: _reach(cumulative, at_least(p, int(cumulative[-1])))]
-    else:
-        needed = at_least(p, int(weigh(row, top, scale).sum()))
-        values = row.topk(min(CANDIDATES, V)).values
+def keep(row: Tensor, top: float, scale: float, needed: int) -> Tensor:
+    """The ids, ascending, of the shortest run of the order that has the needed mass; all where the row has less."""
+    if int(weigh(row, top, scale).sum()) <= needed:
+        return torch.arange(len(row))
+    values = row.topk(min(CANDIDATES, len(row))).values
+    cumulative = weigh(values, top, scale).cumsum(0)
+    if int(cumulative[-1]) < needed:
+        values = torch.from_numpy(np.sort(row.numpy())).flip(0)
         cumulative = weigh(values, top, scale).cumsum(0)
-        if int(cumulative[-1]) < needed:
-            values = torch.from_numpy(np.sort(row.numpy())).flip(0)
-            cumulative = weigh(values, top, scale).cumsum(0)
-        values = values[: _reach(cumulative, needed)]
-    # The weight is a function of the logit: the sorted values say how far the filter reaches, whichever ids they came from.
+    return _ids_of(row, values[: _reach(cumulative, needed)])
+
+
+def keep_counted(row: Tensor, top: float, scale: float, k: int, p: float) -> Tensor:
+    """The ids, ascending, that top-k and then top-p keep."""
+    values = row.topk(k).values
+    if p < 1:
+        cumulative = weigh(values, top, scale).cumsum(0)
+        values = values[: _reach(cumulative, at_least(p, int(cumulative[-1])))]
+    return _ids_of(row, values)
+
+
+def _ids_of(row: Tensor, values: Tensor) -> Tensor:
+    """The first ids of the order, whose logits are these: the weight is a function of the logit alone."""
     last = values[-1]
     kept = torch.from_numpy(np.flatnonzero(row.numpy() >= float(last)))
     surplus = len(kept) - len(values)

@@ -1,41 +1,45 @@
 """Launches of `sample`.
 
-maxima    one pass: the largest logit of every tile of 128 ids
-bracket   one program a row: greedy ids; between which logits the cut of top-k or top-p lies
-narrow    one pass, for rows at top-p whose bounds hold many ids: tighter bounds
-gather    one pass: masses of the tiles above, candidates in between (top-k reads only the tiles that hold some)
-cut       one program a row: the exact cut among the candidates
-draw      one program a row: the id
+scan      one pass: the largest logit of every tile of 128 ids; in rows without top-k also the tile's weights
+row       one program a row: draws for greedy rows, rows without filters and rows at top-k, whose candidates are few; draws the
+          first four turns of the others
+and where top-p or min-p may apply
+check     one pass over the tiles that hold something as large as the drawn ids: the masses before each of them
+decide    one program a row: the first turn whose id is kept; a row that has none goes on alone, many times slower
 
+`verify_draft` needs the exact cut of top-p and the mass kept too: bounds, narrow, gather, cut and total, in filter_*_triton.
 Bounds steer only the speed. Where they miss the cut, hold more than CAPACITY ids, or top-k exceeds the number of tiles, the
 row's one program searches the whole row: exact, but many times slower.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from penstock.core.device import num_sms
+from penstock.core.device import has_dependent_launch, num_sms
+from penstock.ops.sampling import _weights
 from penstock.ops.sampling import sample_scan_triton as scan
-from penstock.ops.sampling.sample_row_triton import bracket_kernel, cut_kernel, draw_kernel
+from penstock.ops.sampling.filter_cut_triton import bounds_kernel, cut_kernel, total_kernel
+from penstock.ops.sampling.filter_pass_triton import gather_kernel, narrow_kernel
+from penstock.ops.sampling.sample_row_triton import row_kernel
+from penstock.ops.sampling.sample_turns_triton import TURNS, check_kernel, decide_kernel
 
-TILE = 128
-MAX_TILES = 2048
-BLOCK = 1024
+TILE = _weights.TILE
+BLOCK = 2048
+FINE_BLOCK = 1024
 PROGRAMS_PER_SM = 8
 CHUNK = 1024
 CAPACITY = 8192
 
 
 class State(NamedTuple):
-    """What the passes leave of each row: floats and ints (slots in sample_scan_triton), the mass kept in each tile."""
+    """What a launch leaves of each row: floats, ints and masses, whose slots are in sample_scan_triton."""
 
     floats: Tensor
     ints: Tensor
     masses: Tensor
-    tile: int
 
 
 def launch(
@@ -51,127 +55,134 @@ def launch(
     top_k_value: int,
     top_p_value: float,
     min_p_value: float,
+    filters: bool = False,
 ) -> State | None:
-    """Launches what the options given as numbers leave to do; rows decide the rest on the device. None where all are greedy."""
+    """Launches what the options given as numbers leave to do; rows decide the rest on the device.
+
+    Args:
+        filters: the state holds the cut and the mass kept of every row.
+    Returns: None where all rows are greedy.
+    """
     B, V = logits.shape
     if B == 0:
         return None
     device = logits.device
-    tile = max(TILE, triton.next_power_of_2(triton.cdiv(V, MAX_TILES)))
-    padded_tiles = triton.next_power_of_2(triton.cdiv(V, tile))
-    tiles = max(1, BLOCK // tile)
-    shape = {"PADDED_TILES": padded_tiles, "TILE": tile}
+    padded_tiles = triton.next_power_of_2(triton.cdiv(V, TILE))
+    tiles = max(1, BLOCK // TILE)
     all_blocks = triton.cdiv(padded_tiles, tiles)
     splits = min(all_blocks, max(1, triton.cdiv(PROGRAMS_PER_SM * num_sms(device), B)))
     blocks = triton.cdiv(all_blocks, splits)
     grid = (B, triton.cdiv(all_blocks, blocks))
     row = (V, logits.stride(0))
-    maxima = torch.empty(B, padded_tiles, dtype=torch.float32, device=device)
+    early = has_dependent_launch(device)
+    shape: dict[str, Any] = {"PADDED_TILES": padded_tiles, "TILE": TILE, "EARLY": early}
+    late: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False, "launch_pdl": early}
+
+    draws = temperature is not None or temperature_value > 0
+    by_count = draws and (top_k is not None or 0 < top_k_value < V)
+    whole = draws and (top_k is not None or not 0 < top_k_value < V)
+    by_mass = whole and (top_p is not None or top_p_value < 1)
+    pends = by_mass or (whole and (min_p is not None or min_p_value > 0))
+
+    def scratch(columns: int, dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
+        return torch.empty(B, columns, dtype=dtype, device=device) if wanted else None
+
+    maxima = scratch(padded_tiles, torch.float32)
+    sums = scratch(padded_tiles, torch.int64, whole)
     floats = torch.empty(B, scan.FLOATS.value, dtype=torch.float32, device=device)
     ints = torch.empty(B, scan.INTS.value, dtype=torch.int32, device=device)
-    sums = torch.empty(B, scan.MASSES.value, dtype=torch.int64, device=device)
-    scan.maxima_kernel[grid](maxima, logits, *row, blocks, TILES=tiles, **shape, num_warps=4)
-    cuts_by_mass = top_p is not None or top_p_value < 1
-    counts = torch.empty(B, scan.BINS.value, dtype=torch.int32, device=device) if cuts_by_mass else ints
-    bracket_kernel[(B,)](
-        out,
-        floats,
-        ints,
-        sums,
-        counts,
+    masses = torch.empty(B, scan.MASSES.value, dtype=torch.int64, device=device)
+    before = scratch(TURNS.value, torch.int64, pends)
+    drawn_ids = scratch(TURNS.value, torch.int32, pends)
+    drawn_x = scratch(TURNS.value, torch.float32, pends)
+    candidates = scratch(CAPACITY, torch.float32, by_count or filters)
+    candidate_ids = scratch(CAPACITY, torch.int32, by_count or filters)
+    tile_list = scratch(padded_tiles, torch.int32, by_count)
+    scan.scan_kernel[grid](
         maxima,
+        sums,
         logits,
         temperature,
         top_k,
-        top_p,
         float(temperature_value),
         int(top_k_value),
-        float(top_p_value),
-        *row,
-        CAPACITY,
-        MAY_CUT_BY_MASS=cuts_by_mass,
-        **shape,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
-    if temperature is None and temperature_value == 0:
-        return None
-    masses = torch.empty(B, padded_tiles, dtype=torch.int64, device=device)
-    cuts = cuts_by_mass or top_k is not None or 0 < top_k_value < V
-    held = CAPACITY if cuts else 1
-    candidates = torch.empty(B, held, dtype=torch.float32, device=device)
-    candidate_ids = torch.empty(B, held, dtype=torch.int32, device=device)
-    by_count_alone = top_k is None and 0 < top_k_value < V
-    if cuts_by_mass and not by_count_alone and V > CAPACITY:
-        scan.narrow_kernel[grid](
-            counts,
-            floats,
-            ints,
-            sums,
-            logits,
-            *row,
-            blocks,
-            BLOCK=tiles * tile,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-    scan.gather_kernel[grid](
-        masses,
-        candidates,
-        candidate_ids,
-        floats,
-        ints,
-        sums,
-        counts,
-        maxima,
-        logits,
-        top_p,
-        min_p,
-        float(top_p_value),
-        float(min_p_value),
         *row,
         blocks,
-        held,
+        MAY_BE_WHOLE=whole,
         TILES=tiles,
         **shape,
         num_warps=4,
         enable_fp_fusion=False,
     )
-    if cuts:
-        cut_kernel[(B,)](
-            masses,
-            floats,
-            ints,
-            sums,
-            candidates,
-            candidate_ids,
-            logits,
-            top_k,
-            top_p,
-            min_p,
-            int(top_k_value),
-            float(top_p_value),
-            float(min_p_value),
-            *row,
-            held,
-            CHUNK=CHUNK,
-            **shape,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-    draw_kernel[(B,)](
+    row_kernel[(B,)](
         out,
-        masses,
         floats,
         ints,
+        masses,
+        before,
+        drawn_ids,
+        drawn_x,
+        maxima,
+        sums,
+        candidates,
+        candidate_ids,
+        tile_list,
         logits,
         seeds,
         offsets,
+        temperature,
+        top_k,
+        top_p,
         min_p,
+        float(temperature_value),
+        int(top_k_value),
+        float(top_p_value),
         float(min_p_value),
         *row,
+        CAPACITY,
+        MAY_DRAW=draws,
+        MAY_CUT_BY_COUNT=by_count,
+        MAY_BE_WHOLE=whole,
+        MAY_PEND=pends,
         **shape,
-        num_warps=4,
-        enable_fp_fusion=False,
+        **late | {"num_warps": 8 if by_count else 4},
     )
-    return State(floats, ints, masses, tile)
+    if not draws:
+        return None
+    finer = tiles // max(1, min(tiles, FINE_BLOCK // TILE))
+    fine: dict[str, Any] = {**shape, "TILES": tiles // finer, **late}
+    if pends:
+        if by_mass:
+            check_kernel[grid](before, drawn_ids, drawn_x, floats, ints, maxima, logits, *row, blocks * finer, **fine)
+        decide_kernel[(B,)](
+            out,
+            before,
+            drawn_ids,
+            floats,
+            ints,
+            masses,
+            maxima,
+            sums,
+            logits,
+            seeds,
+            offsets,
+            min_p,
+            float(min_p_value),
+            *row,
+            **shape,
+            **late,
+        )
+    if filters and whole:
+        lists = (candidates, candidate_ids, floats, ints, masses)
+        tile_masses = scratch(padded_tiles, torch.int64)
+        counts = scratch(scan.BINS.value, torch.int32)
+        floor = (min_p, float(min_p_value))
+        bounds_kernel[(B,)](floats, ints, counts, maxima, logits, top_p, float(top_p_value), *row, CAPACITY, **shape, **late)
+        if by_mass and V > CAPACITY:
+            narrow_kernel[grid](counts, *lists[2:], logits, *row, blocks, BLOCK=tiles * TILE, EARLY=early, **late)
+        gather_kernel[grid](tile_masses, *lists, counts, maxima, logits, *floor, *row, blocks * finer, CAPACITY, **fine)
+        if by_mass:
+            cut = (tile_masses, *lists[2:], *lists[:2], logits, *floor, *row, CAPACITY)
+            cut_kernel[(B,)](*cut, CHUNK=CHUNK, **shape, **late)
+        total_kernel[(B,)](tile_masses, ints, masses, PADDED_TILES=padded_tiles, EARLY=early, **late)
+    return State(floats, ints, masses)

@@ -13,7 +13,7 @@ from penstock.core.op import op
 from penstock.ops.sampling._options import OPTION, check_rows, rows_of, split
 from penstock.ops.sampling._philox import VERIFY_STREAM, words_of
 from penstock.ops.sampling._weights import clean, draw, keep, share
-from penstock.ops.sampling.sample import RANGES
+from penstock.ops.sampling.sample import RANGES, draw_id
 
 SPEC = {
     "draft_ids": ("B n", torch.int32),
@@ -124,9 +124,10 @@ def _reference(
     accepted, ids = [0] * B, [[-1] * (n + 1) for _ in range(B)]
     for b, (seed, offset) in enumerate(zip(seeds.tolist(), offsets.tolist(), strict=True)):
         for i in range(n + 1):
-            weights = keep(clean(target_logits[b, i]).cpu(), heats[b], ks[b], ps[b], floors[b])
+            row, filters = clean(target_logits[b, i]).cpu(), (ks[b], ps[b], floors[b])
+            weights = keep(row, heats[b], *filters)
             mass = int(weights.sum())
-            plain = int((weights.cumsum(0) <= draw(words_of(seed, offset + i)[0], mass)).sum())
+            plain = draw_id(row, seed, offset + i, heats[b], *filters)
             proposed = drafts[b][i] if i < n else -1
             ids[b][i] = plain
             if not 0 <= proposed < V:
@@ -148,7 +149,7 @@ def _reference(
     return torch.tensor(accepted, dtype=torch.int32), torch.tensor(ids, dtype=torch.int32).reshape(B, n + 1)
 
 
-@verify_draft.impl("triton", needs=("triton",), spill_bytes=8)
+@verify_draft.impl("triton", needs=("triton",), spill_bytes=144)
 def _triton(accepted: Tensor, ids: Tensor, *arguments: Any) -> None:
     from penstock.ops.sampling.verify_draft_triton import launch
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from penstock.ops.sampling import sample_cpu
 from penstock.ops.sampling._options import rows_of
 from penstock.ops.sampling._philox import VERIFY_STREAM, words
-from penstock.ops.sampling._weights import ONE, at_least, clean, draw, scales, share, weigh
+from penstock.ops.sampling._weights import ONE, at_least, clean, draw, scales, share, weigh, weigh_tiles
 
 # Rows up to this long are filtered by sorting all of them at once, longer ones by selecting in one after the other.
 SORTED = 1024
@@ -82,19 +82,25 @@ def _filtered(rows: Tensor, heats: Tensor, ks: Tensor, ps: Tensor, floors: Tenso
     if bool(certain.any()):
         first = torch.from_numpy(rows[certain].numpy().argmax(1))
         weights[certain] = torch.nn.functional.one_hot(first, V) << ONE
-    cut = (~certain & ((ps < 1) | ((ks > 0) & (ks < V)))).nonzero()[:, 0]
+    counted = (ks > 0) & (ks < V)
+    cut = (~certain & ((ps < 1) | counted)).nonzero()[:, 0]
+    # The mass that top-p is a share of: of what top-k left, of the whole row where there is no top-k.
+    needed = sample_cpu.needed_masses(ps[cut], weigh_tiles(rows[cut], top[cut], scale[cut])[0])
     if len(cut) and V <= SORTED:
         order = rows[cut].sort(dim=1, descending=True, stable=True).indices
         ordered = weights[cut].gather(1, order)
         limits = torch.where(ks[cut] > 0, ks[cut], V)
         ordered *= torch.arange(V) < limits[:, None]
+        needed = torch.where(counted[cut], sample_cpu.needed_masses(ps[cut], ordered), needed)
         before = ordered.cumsum(1) - ordered
-        masses = ordered.sum(1).tolist()
-        needed = [at_least(p, mass) if p < 1 else mass for p, mass in zip(ps[cut].tolist(), masses, strict=True)]
-        weights[cut] = torch.zeros_like(ordered).scatter(1, order, ordered * (before < torch.tensor(needed)[:, None]))
+        weights[cut] = torch.zeros_like(ordered).scatter(1, order, ordered * (before < needed[:, None]))
     else:
-        for row in cut.tolist():
-            kept = sample_cpu.keep(rows[row], float(top[row]), float(scale[row]), int(ks[row]), float(ps[row]))
+        for row, wanted in zip(cut.tolist(), needed.tolist(), strict=True):
+            own = rows[row], float(top[row]), float(scale[row])
+            if counted[row]:
+                kept = sample_cpu.keep_counted(*own, int(ks[row]), float(ps[row]))
+            else:
+                kept = sample_cpu.keep(*own, wanted)
             weights[row] = torch.zeros_like(weights[row]).index_copy(0, kept, weights[row, kept])
     least = torch.tensor([at_least(floor, 1 << ONE) for floor in floors.tolist()])
     return weights * (weights >= least[:, None])

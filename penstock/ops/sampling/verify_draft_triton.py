@@ -12,12 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.core.device import num_sms
-from penstock.ops.sampling import sample_triton
+from penstock.ops.sampling import _weights, sample_triton
 from penstock.ops.sampling._philox import VERIFY_STREAM
 from penstock.ops.sampling._weights_triton import clean, option, random_words, share, smallest_weight, weigh
-from penstock.ops.sampling.sample_scan_triton import CUT, CUT_ID, DONE, FLOATS, INTS, MODE, SCALE, TOP
+from penstock.ops.sampling.sample_scan_triton import CERTAIN, CUT, CUT_ID, FLOATS, INTS, KEPT, MASSES, MODE, SCALE, TOP
 
 STREAM = tl.constexpr(VERIFY_STREAM)
+TILE = _weights.TILE
 BLOCK = 1024
 
 
@@ -53,7 +54,6 @@ def _accept_kernel(
     drafts_step,
     probs_stride,
     probs_step,
-    PADDED_TILES: tl.constexpr,
     HAS_PROBS: tl.constexpr,
 ):
     """Walks a request's draft to the first id that is not accepted; `rejected` is the row whose rest is to be drawn, or -1."""
@@ -69,14 +69,14 @@ def _accept_kernel(
         inside = (proposed >= 0) & (proposed < V)
         agrees = inside & (proposed == plain)
         if HAS_PROBS:
-            weighed = inside & (tl.load(ints_ptr + row * INTS + MODE) != DONE)
+            weighed = inside & (tl.load(ints_ptr + row * INTS + MODE) != CERTAIN)
             if weighed:
-                mass = tl.sum(tl.load(masses_ptr + row * PADDED_TILES + tl.arange(0, PADDED_TILES)))
+                mass = tl.load(masses_ptr + row * MASSES + KEPT)
                 smallest = smallest_weight(option(min_p_ptr, row, min_p, tl.float32))
                 x = clean(tl.load(logits_ptr + row * logits_stride + proposed))
                 weight = _kept_weights(x, proposed, row, floats_ptr, ints_ptr, smallest)
                 q = tl.load(probs_ptr + b * probs_stride + accepted * probs_step + proposed).to(tl.float32)
-                _, coin = random_words(tl.load(seeds_ptr + row), tl.load(offsets_ptr + row), STREAM)
+                _, coin = random_words(tl.load(seeds_ptr + row), tl.load(offsets_ptr + row), STREAM, tl.zeros([], tl.int32))
                 agrees = tl.umulhi(coin, share(q, mass).to(tl.uint64)).to(tl.int64) < weight
                 rejected = tl.where(agrees, rejected, row)
         if agrees:
@@ -102,7 +102,7 @@ def _rests(
     return tl.maximum(weights - share(q, mass), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _rest_kernel(
     rests_ptr,
     accepted_ptr,
@@ -127,7 +127,7 @@ def _rest_kernel(
     b = tl.program_id(0).to(tl.int64)
     row = tl.load(rejected_ptr + b)
     if row >= 0:
-        mass = tl.sum(tl.load(masses_ptr + row * PADDED_TILES + tl.arange(0, PADDED_TILES)))
+        mass = tl.load(masses_ptr + row * MASSES + KEPT)
         smallest = smallest_weight(option(min_p_ptr, row, min_p, tl.float32))
         i = tl.load(accepted_ptr + b)
         for block in range(tl.program_id(1) * blocks, (tl.program_id(1) + 1) * blocks):
@@ -182,11 +182,11 @@ def _draw_rest_kernel(
         rests = tl.load(rests_ptr + b * PADDED_TILES + tiles)
         total = tl.sum(rests)
         if total > 0:
-            bits, _ = random_words(tl.load(seeds_ptr + row), tl.load(offsets_ptr + row), STREAM)
+            bits, _ = random_words(tl.load(seeds_ptr + row), tl.load(offsets_ptr + row), STREAM, tl.zeros([], tl.int32))
             target = tl.umulhi(bits, total.to(tl.uint64)).to(tl.int64)
             tile = tl.sum((tl.cumsum(rests) <= target).to(tl.int32))
             target -= tl.sum(tl.where(tiles < tile, rests, 0))
-            mass = tl.sum(tl.load(masses_ptr + row * PADDED_TILES + tiles))
+            mass = tl.load(masses_ptr + row * MASSES + KEPT)
             smallest = smallest_weight(option(min_p_ptr, row, min_p, tl.float32))
             columns = tile * TILE + tl.arange(0, TILE)
             inner = _rests(
@@ -238,10 +238,11 @@ def launch(
     )
     plain = torch.empty(B * positions, dtype=torch.int32, device=device)
     numbers = temperature_value, top_k_value, top_p_value, min_p_value
-    state = sample_triton.launch(plain, logits, row_seeds, row_offsets, heats, ks, ps, floors, *numbers)
+    filters = draft_probs is not None
+    state = sample_triton.launch(plain, logits, row_seeds, row_offsets, heats, ks, ps, floors, *numbers, filters)
     probs = draft_probs if state is not None else None
-    floats, ints, masses, tile = (None, None, None, 1) if state is None else state
-    padded_tiles = 1 if masses is None else masses.shape[1]
+    floats, ints, masses = (None, None, None) if state is None else state
+    padded_tiles = triton.next_power_of_2(triton.cdiv(V, TILE))
     rejected = torch.empty(B, dtype=torch.int64, device=device)
     strides = (0, 0) if probs is None else (probs.stride(0), probs.stride(1))
     keys = (row_seeds, row_offsets, floors, float(min_p_value))
@@ -262,7 +263,6 @@ def launch(
         logits.stride(0),
         *draft_ids.stride(),
         *strides,
-        PADDED_TILES=padded_tiles,
         HAS_PROBS=probs is not None,
         num_warps=4,
         enable_fp_fusion=False,
@@ -270,8 +270,8 @@ def launch(
     if probs is None or positions == 1:
         return
     rests = torch.empty(B, padded_tiles, dtype=torch.int64, device=device)
-    shape = {"PADDED_TILES": padded_tiles, "TILE": tile}
-    tiles = max(1, BLOCK // tile)
+    shape = {"PADDED_TILES": padded_tiles, "TILE": TILE}
+    tiles = BLOCK // TILE
     all_blocks = triton.cdiv(padded_tiles, tiles)
     blocks = triton.cdiv(all_blocks, min(all_blocks, max(1, triton.cdiv(8 * num_sms(device), B))))
     common = (accepted, rejected, probs, floats, ints, masses, logits)

@@ -19,6 +19,7 @@ from penstock.ops import (
     attention_prefill_paged,
     rms_norm,
     rope,
+    rope_norm_store_kv,
     rope_table,
     store_kv,
 )
@@ -28,6 +29,10 @@ from penstock.serve.models.latent import LatentAttention
 from penstock.serve.models.mamba import MambaMixer
 from penstock.serve.models.parameters import LayerWeights, Weights
 from penstock.serve.models.spec import LayerSpec, ModelSpec
+
+# Where one kernel between two matmuls is faster than four. On a CPU the calls are the cost and working in place saves copies:
+# 57 µs against 40 for a row of 4 + 2 heads of 64 in float32.
+FUSED = ("cuda",)
 
 
 class Decoder:
@@ -105,6 +110,7 @@ class DecoderLayer:
         "cos_sin",
         "eps",
         "feed_forward",
+        "fused",
         "head_split",
         "k_cache",
         "latent",
@@ -154,6 +160,7 @@ class DecoderLayer:
                 scale=layer.query_scale,
                 eps=model.norm_eps,
             )
+        self.fused = self.cos_sin is not None and self.cos_sin.device.type in FUSED
         # a window of w keys, the query's own included, leaves w - 1 to its left
         self.attention_options: dict[str, Any] = {
             "scale": layer.query_scale,
@@ -184,9 +191,24 @@ class DecoderLayer:
 
     def attend(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Attention output [T, Hq·D] before the output projection; stores the new keys and values."""
-        own, total = self.weights, hidden.shape[0]
-        assert own.qkv is not None
-        heads = linear(hidden, own.qkv, own.qkv_bias).view(total, -1, self.spec.head_dim)
+        assert self.weights.qkv is not None
+        qkv = linear(hidden, self.weights.qkv, self.weights.qkv_bias)
+        q = self.store_fused(qkv, batch) if self.fused else self.store_in_place(qkv, batch)
+        return self.attention(q, batch).view(hidden.shape[0], -1)
+
+    def store_fused(self, qkv: Tensor, batch: Batch) -> Tensor:
+        """Queries [T, Hq, D], normed and rotated; stores the keys, likewise, and the values."""
+        own, caches = self.weights, (self.k_cache, self.v_cache)
+        assert self.cos_sin is not None
+        options: dict[str, Any] = {"eps": self.eps, "weight_offset": self.offset, "q_norm": own.q_norm, "k_norm": own.k_norm}
+        q = rope_norm_store_kv(qkv, self.cos_sin, batch.positions, batch.slots, *caches, **options)
+        assert isinstance(q, Tensor)
+        return q
+
+    def store_in_place(self, qkv: Tensor, batch: Batch) -> Tensor:
+        """The same by separate operators, which overwrite qkv."""
+        own = self.weights
+        heads = qkv.view(qkv.shape[0], -1, self.spec.head_dim)
         q, k, v = split_with_sizes(heads, self.head_split, 1)
         if own.q_norm is not None and own.k_norm is not None:
             rms_norm(q, own.q_norm, eps=self.eps, weight_offset=self.offset, out=q)
@@ -194,7 +216,7 @@ class DecoderLayer:
         if self.cos_sin is not None:
             rope(q, k, self.cos_sin, batch.positions, out=(q, k))
         store_kv(k, v, self.k_cache, self.v_cache, batch.slots)
-        return self.attention(q, batch).view(total, -1)
+        return q
 
     def attention(self, q: Tensor, batch: Batch) -> Tensor:
         """attention_decode on the decode rows of q [T, Hq, D], attention_prefill_paged on the rest."""

@@ -128,7 +128,7 @@ def store(pointer, value, mask=True):
 
 
 class Shared:
-    """Shared memory: pieces of 64 columns one after the other."""
+    """Shared memory: pieces 128 bytes wide one after the other."""
 
     def __init__(self, flat, shape, turned=False):
         self.flat, self.shape, self.turned, self.dtype = flat, list(shape), turned, flat.dtype
@@ -144,7 +144,8 @@ class Shared:
 
     def matrix(self):
         width = self.shape[-1]
-        logical = self.flat.view(width // 64, -1, 64).transpose(0, 1).reshape(-1, width)
+        piece = min(width, 128 // self.dtype.itemsize)
+        logical = self.flat.view(width // piece, -1, piece).transpose(0, 1).reshape(-1, width)
         return logical.T if self.turned else logical
 
     def store(self, value):
@@ -152,15 +153,17 @@ class Shared:
             self.flat.copy_(value.data)
         else:
             rows, width = self.shape
-            self.flat.view(width // 64, rows, 64).copy_(value.data.view(rows, width // 64, 64).transpose(0, 1))
+            piece = min(width, 128 // self.dtype.itemsize)
+            pieces = value.data.view(rows, width // piece, piece).transpose(0, 1)
+            self.flat.view(width // piece, rows, piece).copy_(pieces)
 
     def load(self, layout):
-        return Block(self.flat.clone().long())
+        return Block(self.flat.clone().long() if len(self.shape) == 1 else self.matrix().clone())
 
 
 def reinterpret(buffer, dtype, shape, layout):
-    assert math.prod(shape) <= buffer.flat.numel() and dtype == buffer.dtype
-    return Shared(buffer.flat[: math.prod(shape)], shape)
+    assert math.prod(shape) <= buffer.flat.numel() and dtype.itemsize == buffer.dtype.itemsize
+    return Shared(buffer.flat.view(dtype)[: math.prod(shape)], shape)
 
 
 class Barrier:
@@ -260,11 +263,11 @@ class Descriptor:
         self.dtype = self.memory.dtype
 
     def cells(self, at):
-        assert len(at) == len(self.shape) == 5
+        assert len(at) == len(self.shape)
         lines = [torch.arange(size) + int(start) for start, size in zip(at, self.box, strict=True)]
         keep, where = torch.tensor(True), torch.tensor(self.begin)
         for dim, (line, size, stride) in enumerate(zip(lines, self.shape, self.strides, strict=True)):
-            line = line.view([-1 if each == dim else 1 for each in range(5)])
+            line = line.view([-1 if each == dim else 1 for each in range(len(at))])
             keep, where = keep & (line >= 0) & (line < size), where + line * stride
         used = where[keep]
         assert used.numel() == 0 or (int(used.min()) >= 0 and int(used.max()) < self.memory.numel()), "copy outside the tensor"
@@ -400,7 +403,8 @@ def _allocate(dtype, shape, layout):
 
 
 gl = SimpleNamespace(
-    **{name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int32", "int64")},
+    **{name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int8", "int32", "int64")},
+    float8e4nv=torch.float8_e4m3fn,
     constexpr=lambda value: value,
     to_tensor=Scalar,
     where=_either,

@@ -8,7 +8,8 @@ import torch
 from penstock.core import features
 from penstock.core.cases import Make
 from penstock.core.op import NotSupported
-from penstock.ops.attention import _cases
+from penstock.ops.attention import _cases, _options
+from penstock.ops.attention._reference import FP8
 from penstock.ops.attention.prefill import attention_prefill
 from penstock.ops.attention.prefill_paged import attention_prefill_paged
 from penstock.testing.budget import judge
@@ -56,7 +57,7 @@ def call(op, drawn, config=None):
     defaults = {"causal": True, "scale": None, "softcap": None, "sinks": None, "max_seqlen_k": None}
     given = {**defaults, **drawn, "window_left": window[0], "window_right": window[1]}
     values = drawn["v"] if "v" in drawn else drawn["v_cache"]
-    out = torch.full((*drawn["q"].shape[:2], values.shape[-1]), float("nan"), dtype=drawn["q"].dtype)
+    out = torch.full((*drawn["q"].shape[:2], values.shape[-1]), float("nan"), dtype=_options.out_dtype(drawn["q"]))
     lse = torch.full(drawn["q"].shape[:2], float("nan"))
     with nullcontext() if config is None else prefill_hopper.configure.forced(config):
         op.implementations["hopper"].launch(out, lse, *[given.get(argument.name) for argument in op.arguments[2:]])
@@ -141,6 +142,13 @@ def test_head_dims(emulated, D, Dv, reuse):
     assert tile.reuse == reuse and tile.shared <= prefill_hopper.SHARED
 
 
+@pytest.mark.parametrize("d", [64, 128, 192, 256])
+@pytest.mark.parametrize("dv", [64, 128, 256])
+def test_configs_fit_in_shared_memory(d, dv):
+    for config in (prefill_hopper.configure(d, dv, True, False, 2), *prefill_hopper.candidates(d, dv, True, False, 2)):
+        assert prefill_hopper.shape_of(d, dv, config).shared <= prefill_hopper.SHARED
+
+
 @pytest.mark.parametrize(("page_size", "head_major"), [(16, True), (64, False), (256, True)])
 def test_pages(emulated, page_size, head_major):
     emulated()
@@ -162,6 +170,20 @@ def test_pages_left_behind_by_the_window(emulated):
             drawn["k_cache"][page] = drawn["v_cache"][page] = float("nan")
         drawn["page_table"][request, :hidden] = -(2**31)
     assert torch.equal(call(attention_prefill_paged, drawn, SMALL)[0], want)
+
+
+@pytest.mark.parametrize(
+    ("scales", "options"),
+    [("", {}), ("static", {"softcap": 5.0, "with_sinks": True}), ("token", {"window": (100, -1)})],
+    ids=["plain", "static", "token"],
+)
+def test_fp8(emulated, scales, options):
+    emulated()
+    lengths = [(9, 9), (130, 300), (0, 20), (70, 128), (3, 0)]
+    case = _cases.paged_prefill(
+        "fp8", lengths, 2, 1, 64, dtype=FP8, with_scales=scales, transposed=True, page_size=128, **options
+    )
+    check(attention_prefill_paged, case.build(Make()))
 
 
 def test_what_the_accelerator_cannot_address_is_refused():

@@ -148,3 +148,18 @@ def test_compiled_function_agrees(format):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for got, want in zip(compiled(*arguments), function(*arguments), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 1e38])
+@pytest.mark.parametrize("N", [300, 20001])
+def test_bad_values_give_what_the_reference_gives(N, bad):
+    x = torch.randn(3, N, device=GPU)
+    x[1, 17] = bad
+    weight = torch.randn(N, device=GPU)
+    weight[5] = 0.0
+    got = rms_norm_quant(x, weight, format=FP8_TOKEN, impl="triton")
+    wanted = rms_norm_quant(x, weight, format=FP8_TOKEN, impl="reference")
+    assert torch.equal(got[0].float().isnan(), wanted[0].float().isnan())
+    torch.testing.assert_close(got[1], wanted[1], equal_nan=True)
+    torch.testing.assert_close(got[0].float().nan_to_num(), wanted[0].float().nan_to_num(), rtol=0.13, atol=0.002)

@@ -153,6 +153,8 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> None:
     [
         (16, 200_000, {"temperature": 0.9}),
         (50, 200_000, {"min_p": 0.05}),
+        (300, 100_000, {}),
+        (300, 100_000, {"top_p": 0.7}),
         (24, 100_000, {"top_k": 9, "top_p": 0.9, "temperature": 1.4}),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from penstock.serve.kv import KVPool
+from penstock.serve.models import decoder
 from penstock.serve.models.batch import Batch
 from penstock.serve.models.decoder import Decoder
 from penstock.serve.models.spec import read_spec
@@ -78,7 +79,9 @@ def relative_error(got, wanted):
     return ((got - wanted).norm() / wanted.norm()).item()
 
 
-def test_logits_of_whole_prompts(case, checkpoint, expected):
+@pytest.mark.parametrize("fused", [False, True])
+def test_logits_of_whole_prompts(case, checkpoint, expected, monkeypatch, fused):
+    monkeypatch.setattr(decoder, "FUSED", ("cpu",) if fused else ())
     got = Session(checkpoint(case), torch.float32).step({}, dict(enumerate(PROMPTS)))
     for i, wanted in enumerate(expected(case, torch.float32)):
         assert wanted.std() > 0.1  # logits that differ enough for the comparison to mean something

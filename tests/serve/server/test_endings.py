@@ -2,6 +2,8 @@
 
 import json
 import signal
+import socket
+import sys
 import textwrap
 import threading
 import time
@@ -164,11 +166,17 @@ def test_the_process_ends_with_one_when_the_engine_fails(tmp_path):
         assert failure["level"] == "critical" and "the device is lost" in failure["exception"]
 
 
-def test_what_cannot_be_loaded_ends_with_one(tmp_path, capsys):
+def test_what_cannot_be_loaded_ends_with_one(tmp_path, capsys, monkeypatch):
     from penstock.cli import main
 
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Nothing"]}))
     assert main(["serve", str(tmp_path), "--port", "0"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", "demo", "--port", str(taken.getsockname()[1])]) == 1
+    assert "Address already in use" in capsys.readouterr().err
     assert main(["serve", "demo", "--log-format", "xml"]) == 2
     assert main(["serve", "demo", "--max-body", "much"]) == 2
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert main(["serve", "demo"]) == 1
+    assert "pip install 'penstock[serve]'" in capsys.readouterr().err

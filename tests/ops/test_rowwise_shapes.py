@@ -1,0 +1,53 @@
+"""Row-wise operators on drawn shapes: any number of rows, narrow, ragged and wide, every format and dtype."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import penstock.ops as catalogue
+from penstock.core.cases import Case
+from penstock.core.formats import FP8_BLOCK, FP8_TENSOR, FP8_TOKEN, INT8_TOKEN
+from penstock.testing import check_case
+
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+RUNS = pytest.mark.parametrize(("impl", "device"), [("cpu", "cpu"), ("triton", GPU)])
+# One warp's worth, a ragged width, whole rows, and both sides of the width from which rows are walked in chunks.
+WIDTHS = (64, 129, 1000, 4096, 16384, 16385, 32768, 65536)
+NORMS = ("rms_norm", "add_rms_norm", "layer_norm", "rms_norm_quant")
+GATES = ("silu_and_mul", "gelu_and_mul", "silu_and_mul_quant")
+
+
+@RUNS
+@pytest.mark.parametrize("name", [*NORMS, *GATES])
+@settings(max_examples=6, deadline=None)
+@given(
+    rows=st.integers(0, 5),
+    width=st.sampled_from(WIDTHS),
+    format=st.sampled_from([FP8_TENSOR, FP8_TOKEN, FP8_BLOCK, INT8_TOKEN]),
+    static=st.booleans(),
+    residual=st.booleans(),
+    apart=st.booleans(),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_is_within_budget(impl, device, name, rows, width, format, static, residual, apart, dtype, seed):
+    def build(make):
+        columns = 2 * width if name in GATES else width
+        x = make.randn(rows, columns + 8 * apart, dtype=dtype)[:, :columns]
+        arguments = {"x": x}
+        if name in NORMS:
+            arguments["weight"] = make.randn(width, dtype=dtype)
+        if name == "layer_norm":
+            arguments["bias"] = make.randn(width, dtype=dtype)
+        if name == "add_rms_norm" or (name == "rms_norm_quant" and residual):
+            arguments["residual"] = make.randn(rows, width, dtype=dtype, scale=3.0)
+        if name == "gelu_and_mul":
+            arguments["approximate"] = "tanh" if static else "none"
+        if name.endswith("quant"):
+            arguments["format"] = format
+            if static or format is FP8_TENSOR:
+                arguments["scale"] = make.randn(*format.scale_shape((rows, width)), dtype=torch.float32).abs() * 0.01 + 0.005
+        return arguments
+
+    check_case(getattr(catalogue, name), impl, Case("drawn", build), device, seed)
