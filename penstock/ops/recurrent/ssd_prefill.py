@@ -181,8 +181,9 @@ def _unfit(x: Tensor, B: Tensor, C: Tensor, **others: object) -> str | None:
     return None
 
 
-# What is spilled is kept for the whole walk and read back in it: 21 loads among some thousand instructions of a chunk.
-@ssd_prefill.impl("triton", needs=("triton",), supports=_unfit, instructions=("HGMMA",), spill_bytes=400)
+# What is spilled is kept for the whole walk and read back in it: 88 bytes at N = 128, 21 loads among some thousand instructions
+# of a chunk; at N = 256 400, and 640 with Triton 3.9.
+@ssd_prefill.impl("triton", needs=("triton",), supports=_unfit, instructions=("HGMMA",), spill_bytes=640)
 def _triton(
     out: Tensor,
     out_states: Tensor,
@@ -295,6 +296,11 @@ def cases() -> Iterable[Case]:
     yield case("float32_ragged", [40, 31], 2, 16, 2, 16, dtype=f32, state=f32, gate=True)
     yield case("empty", [], 2, 16, 1, 16)
     yield case("empty_request", [0, 0], 2, 16, 1, 16, state=bf16)
-    for name, H, P, G, N in (("mamba2_2.7b", 80, 64, 1, 128), ("bamba_9b", 128, 64, 1, 128), ("falcon_h1_7b", 24, 128, 1, 256)):
-        for batch, lengths in (("1x8k", [8192]), ("8x1k", [1024] * 8), ("64x128", [128] * 64)):
-            yield case(f"{name}_{batch}", lengths, H, P, G, N, state=f32, packed=True, bench=True)
+    for name, lengths, H, P, N in (
+        ("mamba2_2.7b_1x8k", [8192], 80, 64, 128),
+        ("mamba2_2.7b_8x1k", [1024] * 8, 80, 64, 128),
+        ("mamba2_2.7b_64x128", [128] * 64, 80, 64, 128),
+        ("bamba_9b_1x8k", [8192], 128, 64, 128),
+        ("falcon_h1_7b_8x1k", [1024] * 8, 24, 128, 256),
+    ):
+        yield case(name, lengths, H, P, 1, N, state=f32, packed=True, bench=True)
