@@ -70,7 +70,15 @@ def configure(kind: str, rows: int, N: int, K: int) -> GemmConfig:
     """
     step = 64 if kind == "pair" else 128
     if rows <= 64:
-        return GemmConfig(max(16, rows), 64, step, 4, 4, True, True, 16 if kind == "pair" else 4)
+        if kind == "pair" and rows <= 16:
+            return GemmConfig(16, 64, 128, 4, 4, True, True, 8)
+        if kind == "pair":
+            # Narrow tiles give more programs than parts alone, which one program has to add up.
+            return GemmConfig(64, 16, step, 4, 4, False, True, 8)
+        parts = max(2, min(16, 128 // triton.cdiv(max(N, 1), 64)))
+        if kind == "fp8_block":
+            return GemmConfig(max(16, rows), 64, step, 4, 4, True, True, max(4, parts))
+        return GemmConfig(max(16, rows), 64, 2 * step, 4, 4, True, True, parts)
     if kind == "pair":
         return GemmConfig(64, 64, step, 4, 4, False, True, 8)
     if kind == "fp8_block":
