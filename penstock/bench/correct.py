@@ -108,7 +108,7 @@ def disagreement(peer: Any, ours: Any) -> str:
     return ""
 
 
-def _judge(name: str, got: Tensor, exact: Tensor, same: Tensor, tile: int | None) -> None:
+def _judge(name: str, got: Tensor, exact: Tensor, same: Tensor, tile: int | None = None) -> None:
     count = got.numel()
     if tile is not None and got.dim() == 2 and got.shape == exact.shape:
         # In bands, which bounds the memory of the comparison; a band is a row of tiles.
