@@ -63,7 +63,7 @@ def configure(kind: str, rows: int, N: int, K: int) -> TileConfig:
     step = 64 if kind == "bf16" else 128
     if rows <= 64:
         # With a short K more programs on a multiprocessor hide each other's beginning.
-        stages = 4 if K > 4 * step else 3
+        stages = 4 if 4 * step < K else 3
         return TileConfig(max(16, rows), 128, step, 4, stages, True, True)
     if kind == "fp8_block":
         return TileConfig(64, 128, step, 4, 4, False, True)
