@@ -3,20 +3,28 @@
     PYTHONPATH=. python benchmarks/sweep_tiles.py fused_moe:fp8_block_qwen3_30b_64 grouped_gemm:fp8_tensor_g8_m64
     PYTHONPATH=. python benchmarks/sweep_tiles.py --device meta fused_moe:fp8_block_qwen3_30b_64     # compiles, and ends
 
+    PYTHONPATH=. python benchmarks/sweep_tiles.py --freeze sweep_tiles.json     # writes what was measured into the tables
+
 What `penstock bench --tune` does for one case after another takes minutes here, because there are dozens of candidates and each
 compiles for a second or two. The default is verified against the reference, the others against the default.
 """
 
 import argparse
+import importlib
 import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 LIMIT_ERROR = 0.01
+MODULES = {
+    "gemm_tuned": "penstock.ops.matmul.gemm_triton",
+    "grouped_gemm_tuned": "penstock.ops.matmul.grouped_gemm_triton",
+    "fused_moe_tuned": "penstock.ops.moe.fused_moe_triton",
+}
 
 
 def found(target: str) -> list[tuple[Any, Any]]:
@@ -64,10 +72,29 @@ def compile_one(job: tuple[str, str, int, int]) -> str:
     return ""
 
 
+def freeze(record: Path) -> None:
+    """Writes the best configs of a record into their tables, where they beat the default by more than the tuner's margin."""
+    from penstock.bench.tune import MARGIN
+    from penstock.core.tuning import write_table
+
+    for entry in json.loads(record.read_text()):
+        stem, _, key = entry["key"].partition(" ")
+        tunable = importlib.import_module(MODULES[stem]).configure
+        known = {field.name for field in fields(tunable.type)}
+        default = tunable.default(*[int(word) if word.isdigit() else word for _, word in (w.split("=") for w in key.split())])
+        configs = {name: values for name, values in entry["configs"].items() if known <= values.keys() and name in entry["us"]}
+        times = {tunable.type(**{k: values[k] for k in known}): entry["us"][name] for name, values in configs.items()}
+        best = min(times, key=lambda config: times[config])
+        if default not in times or times[default] > MARGIN * times[best]:
+            write_table(tunable.table, entry["device"], {key: best})
+            print(f"{stem} {key}: {best}, {times[best]:.1f} µs; the default takes {times.get(default, float('nan')):.1f}")
+
+
 def main() -> None:
     """Prints the best candidates of every case and writes all times."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("targets", nargs="+")
+    parser.add_argument("targets", nargs="*")
+    parser.add_argument("--freeze", type=Path, help="a record of an earlier run")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--budget", type=float, default=0.5, help="seconds of sampling for each case and launch config")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
@@ -75,6 +102,9 @@ def main() -> None:
     parser.add_argument("--best", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=600.0, help="no case begins after this")
     options = parser.parse_args()
+    if options.freeze:
+        freeze(options.freeze)
+        return
     began = time.monotonic()
     calls = [(target, op, case) for target in options.targets for op, case in found(target)]
     places = {(op.name, case.name): looked_up(op, case) for _, op, case in calls}
@@ -101,6 +131,7 @@ def main() -> None:
     from penstock.bench.timing import measure
     from penstock.bench.tune import _forced
     from penstock.core.cases import Make
+    from penstock.core.device import properties
 
     device = torch.device(options.device)
     ceilings = measure_ceilings(device, quick=True, budget=0.2)
@@ -162,6 +193,7 @@ def main() -> None:
                     "operator": op.name,
                     "case": case.name,
                     "key": key,
+                    "device": properties(device).name,
                     "floor_us": floor,
                     "fault": fault,
                     "us": times,

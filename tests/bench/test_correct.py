@@ -64,3 +64,16 @@ def test_peers_are_held_to_a_few_hundredths():
     assert "in norm" in correct.disagreement(ours * 1.1, ours)
     assert "shape" in correct.disagreement(ours[:50], ours)
     assert correct.disagreement(torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.int32)) == ""
+
+
+def test_a_wrong_tile_in_a_later_band_is_found(monkeypatch):
+    monkeypatch.setattr(correct, "BAND", 2)
+    exact = torch.randn(40, 24, dtype=torch.float64)
+    exact[32:, 16:] /= 300
+    right = exact.bfloat16()
+    correct._judge("y", right, exact, right, 8)
+    wrong = right.clone()
+    wrong[33, 17] = 0
+    correct._judge("y", wrong, exact, right)
+    with pytest.raises(AssertionError, match="rows from 32"):
+        correct._judge("y", wrong, exact, right, 8)

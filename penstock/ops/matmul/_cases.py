@@ -156,7 +156,7 @@ def fp8() -> Iterator[Case]:
     for format in (FP8_TENSOR, FP8_TOKEN, FP8_BLOCK):
         name = format.name.lower()
         yield _dense(f"{name}_ragged", 5, 136, 400, format, biased=True)
-        yield _dense(f"{name}_ragged_split", 17, 70, 1024, format, counted=True)
+        yield _dense(f"{name}_ragged_split", 17, 70, 640, format, counted=True)
         yield _dense(f"{name}_ragged_many_rows", 145, 136, 144, format)
         yield _dense(f"{name}_ragged_float32", 3, 40, 272, format, out_dtype=torch.float32, exact_accumulation=True)
         yield _dense(f"{name}_empty", 0, 40, 128, format)
@@ -174,7 +174,7 @@ def fp8() -> Iterator[Case]:
 def int8() -> Iterator[Case]:
     """Cases of gemm_int8."""
     yield _dense("ragged", 5, 136, 400, INT8_TOKEN, biased=True)
-    yield _dense("ragged_split", 17, 70, 1024, INT8_TOKEN, counted=True)
+    yield _dense("ragged_split", 17, 70, 640, INT8_TOKEN, counted=True)
     yield _dense("ragged_many_rows", 145, 136, 144, INT8_TOKEN, out_dtype=torch.float32)
     yield _dense("ragged_gaps", 9, 40, 130, INT8_TOKEN, gaps=True)
     yield _dense("empty", 0, 40, 128, INT8_TOKEN)
@@ -199,7 +199,7 @@ def _routed(
 def router() -> Iterator[Case]:
     """Cases of gemm_bf16_fp32."""
     yield _routed("ragged", 5, 70, 264)
-    yield _routed("ragged_split", 17, 130, 1024, counted=True)
+    yield _routed("ragged_split", 17, 130, 640, counted=True)
     yield _routed("ragged_many_rows", 145, 72, 136, out_dtype=torch.bfloat16)
     yield _routed("ragged_gaps", 3, 16, 100, gaps=True)
     yield _routed("empty", 0, 16, 64)

@@ -14,27 +14,27 @@ from torch import Tensor
 from penstock.core.device import num_sms
 from penstock.core.tuning import tuned
 from penstock.ops.matmul.counters import COUNTERS
-from penstock.ops.matmul.tile_triton import TileConfig, accumulate, descriptor, over_channels, over_tokens, scale_rows, walk
-from penstock.ops.matmul.wide_triton import fits_tma, launch_wide
+from penstock.ops.matmul.tile_triton import (
+    TileConfig,
+    accumulate,
+    descriptor,
+    over_channels,
+    over_tokens,
+    roomy,
+    scale_rows,
+    walk,
+)
 
 BAND = 16
-# Tiles of the wide kernel: along tokens, along channels, warps, stages.
-WIDE = ((128, 256, 4, 3), (256, 128, 4, 3), (128, 128, 4, 4), (128, 256, 8, 3), (128, 256, 8, 4))
 # Programs that a split may make on a multiprocessor.
 PROGRAMS_PER_SM = 2
 
 
 @dataclass(frozen=True)
 class GemmConfig(TileConfig):
-    """A tile, and which kernel.
-
-    Args:
-        max_splits: parts that K may be divided into so that every multiprocessor has work.
-        wide: the kernel of wide_triton.py, where the call allows it.
-    """
+    """A tile, and how many parts K may be divided into so that every multiprocessor has work."""
 
     max_splits: int = 1
-    wide: bool = False
 
 
 def candidates(kind: str, rows: int, N: int, K: int) -> Iterator[GemmConfig]:
@@ -57,8 +57,7 @@ def candidates(kind: str, rows: int, N: int, K: int) -> Iterator[GemmConfig]:
         if rows <= 2048 and kind != "fp8_block":
             yield GemmConfig(block_m, block_n, step, warps, stages, False, True, 4)
     if kind in ("fp8", "int8"):
-        for block_m, block_n, warps, stages in WIDE:
-            yield GemmConfig(block_m, block_n, step, warps, stages, False, True, wide=True)
+        yield GemmConfig(128, 256, step, 8, 3, False, True)
 
 
 @tuned(candidates)
@@ -71,7 +70,15 @@ def configure(kind: str, rows: int, N: int, K: int) -> GemmConfig:
     """
     step = 64 if kind == "pair" else 128
     if rows <= 64:
-        return GemmConfig(max(16, rows), 64, step, 4, 4, True, True, 16 if kind == "pair" else 4)
+        if kind == "pair" and rows <= 16:
+            return GemmConfig(16, 64, 128, 4, 4, True, True, 8)
+        if kind == "pair":
+            # Narrow tiles give more programs than parts alone, which one program has to add up.
+            return GemmConfig(64, 16, step, 4, 4, False, True, 8)
+        parts = max(2, min(16, 128 // triton.cdiv(max(N, 1), 64)))
+        if kind == "fp8_block":
+            return GemmConfig(max(16, rows), 64, step, 4, 4, True, True, max(4, parts))
+        return GemmConfig(max(16, rows), 64, 2 * step, 4, 4, True, True, parts)
     if kind == "pair":
         return GemmConfig(64, 64, step, 4, 4, False, True, 8)
     if kind == "fp8_block":
@@ -79,7 +86,8 @@ def configure(kind: str, rows: int, N: int, K: int) -> GemmConfig:
         return GemmConfig(64, 128, step, 4, 4, False, True, 4 if rows <= 512 else 1)
     if rows <= 512:
         return GemmConfig(128, 128, step, 8, 3, False, True, 4)
-    return GemmConfig(128, 256 if N >= 256 else 128, step, 4, 3, False, True, wide=True)
+    # 128×256 takes 1.2 to 1.3 times as long at 8192³: it leaves room for one program on a multiprocessor.
+    return GemmConfig(128, 128, step, 8, 3, False, True)
 
 
 @triton.jit
@@ -102,7 +110,7 @@ def _add_parts(parts_ptr, counter_ptr, acc, tile, split, SPLITS: tl.constexpr):
     return last, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles_m", "tiles_n", "steps_a_split"])
 def _gemm_kernel(
     out_ptr,
     x_ptr,
@@ -218,11 +226,7 @@ def launch(
         # There are no blocks whose scales could be read.
         x_scales = w_scales = "none"
     config = configure.on(x.device, kind, triton.next_power_of_2(M), N, K)
-    if config.wide and pair is None and not exact and "block" not in (x_scales, w_scales) and fits_tma(x) and fits_tma(w):
-        launch_wide(out, x, w, x_scale, w_scale, x_scales, w_scales, bias, config)
-        return
-    if config.wide:
-        config = GemmConfig(128, 128, config.block_k, 8, 3, False, True)
+    config = roomy(config, w, exact)
     w_desc, tma = descriptor(w, config)
     pair_desc, pair_tma = (w_desc, tma) if pair is None else descriptor(pair, config)
     if not (tma and pair_tma):

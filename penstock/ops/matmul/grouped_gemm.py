@@ -183,7 +183,7 @@ def _fits(x: Tensor, w: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, 
     return None
 
 
-@grouped_gemm.impl("triton", needs=("triton",), supports=_fits, instructions=("HGMMA", "QGMMA"))
+@grouped_gemm.impl("triton", needs=("triton",), supports=_fits, instructions=("HGMMA", "QGMMA"), spill_bytes=8)
 def _triton(
     out: Tensor,
     x: Tensor,

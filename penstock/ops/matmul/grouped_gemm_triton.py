@@ -23,6 +23,7 @@ from penstock.ops.matmul.tile_triton import (
     over_channels,
     over_tokens,
     own_tile,
+    roomy,
     scale_rows,
 )
 
@@ -62,7 +63,7 @@ def configure(kind: str, rows: int, N: int, K: int) -> TileConfig:
     step = 64 if kind == "bf16" else 128
     if rows <= 64:
         # With a short K more programs on a multiprocessor hide each other's beginning.
-        stages = 4 if 4 * step < K else 3 if 2 * step < K else 2
+        stages = 4 if 4 * step < K else 3
         return TileConfig(max(16, rows), 128, step, 4, stages, True, True)
     if kind == "fp8_block":
         return TileConfig(64, 128, step, 4, 4, False, True)
@@ -81,7 +82,7 @@ def rows_of(gather_ptr, first, stop, count, GATHER: tl.constexpr, BM: tl.constex
         return rows, live, rows.to(tl.int64), live
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "x_count", "first_id", "E"])
 def grouped_kernel(
     out_ptr,
     x_ptr,
@@ -102,7 +103,8 @@ def grouped_kernel(
     w_row,
     ws_expert,
     first_id,
-    E: tl.constexpr,
+    E,
+    SIZE: tl.constexpr,
     OWN: tl.constexpr,
     GATHER: tl.constexpr,
     TAIL: tl.constexpr,
@@ -124,7 +126,7 @@ def grouped_kernel(
     if OWN:
         group, first, stop, tile_n = own_tile(offsets_ptr, tl.program_id(0), tiles_n, first_id, E)
     else:
-        group, first, stop, tile_n = find_tile(offsets_ptr, tl.program_id(0), num_rows, tiles_n, E, TAIL, BM, BAND)
+        group, first, stop, tile_n = find_tile(offsets_ptr, tl.program_id(0), num_rows, tiles_n, E, SIZE, TAIL, BM, BAND)
     if group < 0:
         return
     rows, live, source, x_live = rows_of(gather_ptr, first, stop, x_count, GATHER, BM)
@@ -207,6 +209,7 @@ def launch_grouped(
         # There are no blocks whose scales could be read.
         x_scales = w_scales = "none"
     config = configure.on(x.device, kind_of(x, x_scales, w_scales), average(R, E), N, K)
+    config = roomy(config, w, exact)
     w_desc, tma = descriptor(w, config)
     tiles_n = triton.cdiv(N, config.block_n)
     options: dict[str, Any] = {"launch_pdl": True} if early else {}
@@ -231,7 +234,8 @@ def launch_grouped(
         w.stride(1),
         0 if w_scale is None or w_scale.numel() == 1 else 1,
         own or 0,
-        E=E,
+        E,
+        SIZE=triton.next_power_of_2(E + 1),
         OWN=own is not None,
         GATHER=gather is not None,
         TAIL=tail,

@@ -3,7 +3,8 @@
 A tile has `block_m` tokens and `block_n` output channels. Its accumulator is [block_m, block_n], or the transpose when SWAP.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -34,10 +35,27 @@ class TileConfig:
     tma: bool
 
 
+def fits_tma(w: Tensor) -> bool:
+    """The tensor memory accelerator can address the rows of these weights."""
+    begins = w.is_meta or w.data_ptr() % TMA_BYTES == 0
+    return begins and w.is_contiguous() and w.numel() > 0 and w.shape[-1] * w.element_size() % TMA_BYTES == 0
+
+
+def roomy(config: Any, w: Tensor, exact: bool = False) -> Any:
+    """The config with smaller tiles where masks, addresses or conversions take registers that whole steps leave free."""
+    K, tma = w.shape[-1], config.tma and fits_tma(w)
+    if not tma and K % TMA_BYTES:
+        # Rows that do not begin at 16 bytes are loaded value by value: a thread has an address for each.
+        return replace(config, num_warps=8, block_k=32)
+    crowded = not tma or exact or K % config.block_k or 4 * config.block_k >= K
+    if not crowded or config.block_m * config.block_n < 2048 * config.num_warps:
+        return config
+    return replace(config, block_n=64) if config.swap else replace(config, num_warps=8)
+
+
 def descriptor(w: Tensor, config: TileConfig):
-    """(what the kernel takes as `w_desc`, whether it is a TMA descriptor) of contiguous weights [..., N, K]."""
-    aligned = w.shape[-1] * w.element_size() % TMA_BYTES == 0 and (w.is_meta or w.data_ptr() % TMA_BYTES == 0)
-    if not (config.tma and aligned and w.is_contiguous() and w.numel()):
+    """(what the kernel takes as `w_desc`, whether it is a TMA descriptor) of weights [..., N, K]."""
+    if not (config.tma and fits_tma(w)):
         return w, False
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -215,17 +233,21 @@ def walk(local, tiles_m, tiles_n, BAND: tl.constexpr):
 
 
 @triton.jit
-def find_tile(offsets_ptr, tile, num_rows, tiles_n, E: tl.constexpr, TAIL: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr):
+def find_tile(
+    offsets_ptr, tile, num_rows, tiles_n, E, SIZE: tl.constexpr, TAIL: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr
+):
     """(group, first row, end of the group's rows, tile along channels) of a tile; group -1 past the last.
 
-    Tiles are counted over all groups. With TAIL the rows after the last group are one more group, E.
+    Tiles are counted over all groups; SIZE is a power of two above their number E. With TAIL the rows after the last group are
+    one more group, E.
     """
-    SIZE: tl.constexpr = triton.next_power_of_2(E + 1)
     groups = tl.arange(0, SIZE)
     begin = tl.load(offsets_ptr + groups, groups <= E, other=0)
     end = tl.load(offsets_ptr + groups + 1, groups < E, other=num_rows)
-    COUNT: tl.constexpr = E + 1 if TAIL else E
-    tiles = tl.where(groups < COUNT, (tl.maximum(end - begin, 0) + BM - 1) // BM, 0)
+    count = E
+    if TAIL:
+        count = E + 1
+    tiles = tl.where(groups < count, (tl.maximum(end - begin, 0) + BM - 1) // BM, 0)
     until = tl.cumsum(tiles, 0)
     passed = until * tiles_n <= tile
     group = tl.sum(passed.to(tl.int32), 0)
@@ -235,11 +257,11 @@ def find_tile(offsets_ptr, tile, num_rows, tiles_n, E: tl.constexpr, TAIL: tl.co
     first = tl.sum(tl.where(here, begin, 0), 0)
     stop = tl.sum(tl.where(here, end, 0), 0)
     tile_m, tile_n = walk(tile - before * tiles_n, tl.maximum(tiles_m, 1), tiles_n, BAND)
-    return tl.where(group < COUNT, group, -1), first + tile_m * BM, stop, tile_n
+    return tl.where(group < count, group, -1), first + tile_m * BM, stop, tile_n
 
 
 @triton.jit
-def own_tile(ids_ptr, tile, tiles_n, first_id, E: tl.constexpr):
+def own_tile(ids_ptr, tile, tiles_n, first_id, E):
     """What find_tile answers when every row is a group of its own, whose expert is ids[row] - first_id."""
     row = tile // tiles_n
     group = tl.load(ids_ptr + row) - first_id

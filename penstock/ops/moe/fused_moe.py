@@ -164,7 +164,11 @@ def _compute(
     expert_offset: int,
     rounded: torch.dtype | None = None,
 ) -> Tensor:
-    """The definition; with `rounded` as kernels compute it: what they keep between the products is rounded to that dtype."""
+    """The definition; with `rounded` the naive computation, which rounds to that dtype what kernels keep between the products.
+
+    The naive one leaves the product unquantised: where an accumulator moves a value to the next code, the error is that of a
+    code's rounding, which this counts for every value.
+    """
     T, k = topk_ids.shape
     E = w_gate_up.shape[0]
     multiply = _plain if rounded is None or format is None else accumulated
@@ -189,10 +193,10 @@ def _compute(
         products = multiply(wide[slots // k], dequantised(w_gate_up[expert], scales[0], format, weight=True), restart)
         gate, up = products.chunk(2, -1)
         product = gate * torch.sigmoid(gate) * up
-        if format is not None:
+        if format is not None and rounded is None:
             scale = FP8_BLOCK.spread(FP8_BLOCK.dynamic_scale(product), product.shape)
             product = FP8_BLOCK.encode(product / scale).to(product.dtype) * scale
-        elif rounded is not None:
+        elif format is None and rounded is not None:
             product = product.to(rounded).to(product.dtype)
         y = multiply(product, dequantised(w_down[expert], scales[1], format, weight=True), BLOCK)
         outputs[slots] = y if rounded is None else y.to(rounded).to(y.dtype)

@@ -70,7 +70,7 @@ def configure(kind: str, rows: int, I: int, K: int) -> TileConfig:
     return TileConfig(64 if kind == "fp8_block" else 128, 128, step, 8, 3, False, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "x_count", "first_id", "E"])
 def _gate_up_kernel(
     h_ptr,
     hs_ptr,
@@ -91,7 +91,8 @@ def _gate_up_kernel(
     w_row,
     ws_expert,
     first_id,
-    E: tl.constexpr,
+    E,
+    SIZE: tl.constexpr,
     TOP_K: tl.constexpr,
     XS: tl.constexpr,
     WS: tl.constexpr,
@@ -114,7 +115,7 @@ def _gate_up_kernel(
     if TOP_K > 0:
         group, first, stop, tile_n = own_tile(offsets_ptr, tl.program_id(0), tiles_n, first_id, E)
     else:
-        group, first, stop, tile_n = find_tile(offsets_ptr, tl.program_id(0), num_rows, tiles_n, E, False, BM, BAND)
+        group, first, stop, tile_n = find_tile(offsets_ptr, tl.program_id(0), num_rows, tiles_n, E, SIZE, False, BM, BAND)
     if group < 0:
         return
     rows, live, source, x_live = rows_of(tokens_ptr, first, stop, x_count, TOP_K == 0, BM)
@@ -168,7 +169,7 @@ def _gate_up_kernel(
         tl.store(at, product.to(h_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_id", "E"])
 def _sum_kernel(
     out_ptr,
     y_ptr,
@@ -180,7 +181,7 @@ def _sum_kernel(
     weights_stride,
     shared_stride,
     first_id,
-    E: tl.constexpr,
+    E,
     OWN: tl.constexpr,
     TOP_K: tl.constexpr,
     HAS_SHARED: tl.constexpr,
@@ -251,7 +252,8 @@ def _gate_up(
         w.stride(1),
         0 if w_scale is None or w_scale.numel() == 1 else 1,
         first_id,
-        E=E,
+        E,
+        SIZE=triton.next_power_of_2(E + 1),
         TOP_K=0 if tokens is not None else top_k,
         XS=x_scales,
         WS=w_scales,
@@ -326,7 +328,7 @@ def launch(
         topk_weights.stride(0),
         0 if shared_output is None else shared_output.stride(0),
         expert_offset,
-        E=E,
+        E,
         OWN=own,
         TOP_K=topk_ids.shape[1],
         HAS_SHARED=shared_output is not None,

@@ -17,7 +17,7 @@ def _expert_of(ids_ptr, slots, S, expert_offset, E):
     return tl.where(slots < S, tl.where((ids >= 0) & (ids < E), ids, E), E + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "E", "expert_offset"])
 def _sort_kernel(
     tokens_ptr,
     position_ptr,
