@@ -183,9 +183,17 @@ class Op:
         """
         if torch.compiler.is_compiling():
             return functools.partial(self.library_op, impl)
+        # What is plainly no tensor skips isinstance, which Tensor's metaclass makes dear.
         key = (
             impl,
-            *[(a.shape, a.dtype, a.stride(), a.device, a.data_ptr() & 15) if isinstance(a, Tensor) else a for a in args],
+            *[
+                a
+                if a is None or type(a) is int
+                else (a.shape, a.dtype, a.stride(), a.device, a.data_ptr() & 15)
+                if isinstance(a, Tensor)
+                else a
+                for a in args
+            ],
         )
         try:
             launch = self._picked.get(key)

@@ -435,10 +435,8 @@ def configure(d: int, dv: int, causal: bool, window: bool, itemsize: int) -> Hop
     """The default for head dimensions that are rounded up to 64, 128, 192 or 256."""
     if itemsize == 1:
         return HopperConfig(2, 128, 3, True)
-    if max(d, dv) == 64:
-        # Three warpgroups read the keys two thirds as often, which the cheaper products of narrow heads wait for.
-        return HopperConfig(3, 128, 2, True)
-    return HopperConfig(2, 128 if max(d, dv) == 128 or (d, dv) == (192, 128) else 64, 2, True)
+    wide = max(d, dv) <= 128 or (d, dv) == (192, 128)
+    return HopperConfig(2, 128 if wide else 64, 4 if max(d, dv) == 64 else 2, True)
 
 
 def shape_of(d: int, dv: int, config: HopperConfig, **others: Any) -> Tile:
