@@ -1,5 +1,7 @@
 """The gate's slices: an attention call too large for its reference is judged on blocks of query rows, in every alignment."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -68,12 +70,13 @@ def test_peers_are_held_to_a_few_hundredths():
 
 def test_a_wrong_tile_in_a_later_band_is_found(monkeypatch):
     monkeypatch.setattr(correct, "BAND", 2)
+    whole, tiled = (SimpleNamespace(exact=False, tile=tile) for tile in (None, 8))
     exact = torch.randn(40, 24, dtype=torch.float64)
     exact[32:, 16:] /= 300
     right = exact.bfloat16()
-    correct._judge("y", right, exact, right, 8)
+    correct._judge("y", tiled, right, Expected(exact, right))
     wrong = right.clone()
     wrong[33, 17] = 0
-    correct._judge("y", wrong, exact, right)
+    correct._judge("y", whole, wrong, Expected(exact, right))
     with pytest.raises(AssertionError, match="rows from 32"):
-        correct._judge("y", wrong, exact, right, 8)
+        correct._judge("y", tiled, wrong, Expected(exact, right))
