@@ -23,7 +23,7 @@ Peer = Callable[[Arguments], Call | str]
 
 # Rooms whose references are a few element-wise passes and reductions, which torch.compile fuses into one kernel. The
 # references of the others loop over requests or materialise scores: compiled, they would be a straw man.
-COMPILED_ROOMS = ("norm", "activation", "quantize", "rotary")
+COMPILED_ROOMS = ("norm", "activation", "quantization", "rotary")
 COMPILED_TOO = ("merge_attention", "apply_penalties", "moe_route")
 
 

@@ -26,6 +26,7 @@ from penstock.core.cases import Case, Cost
 from penstock.core.check import Contract, Spec, list_tensors
 from penstock.core.features import FEATURES
 
+_PLAIN = frozenset((type(None), bool, int, float, str))
 MEMO_LIMIT = 8192
 _LIBRARY = torch.library.Library("penstock", "FRAGMENT")
 _VALUES = env.CHECK.read() == "values"
@@ -188,7 +189,7 @@ class Op:
             impl,
             *[
                 a
-                if a is None or type(a) is int
+                if type(a) in _PLAIN
                 else (a.shape, a.dtype, a.stride(), a.device, a.data_ptr() & 15)
                 if isinstance(a, Tensor)
                 else a
