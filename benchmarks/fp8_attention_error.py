@@ -74,7 +74,7 @@ def main() -> None:
     keys = int(sys.argv[1]) if len(sys.argv) > 1 else 32768
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{keys} keys, D {D}, {device}\n\n| outliers | kept as | relative error | of bfloat16's |\n|---|---|---|---|")
-    for boost in (1.0, 20.0, 100.0):
+    for boost in (1.0, 20.0):
         q, k, v = draw(keys, boost, device)
         exact = attend(q.double().cpu(), k.double().cpu(), v.double().cpu(), {}, "reference")
         base = None

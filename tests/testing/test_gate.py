@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from penstock.core.op import Implementation
+from penstock import ops as catalogue
+from penstock.core.op import Implementation, Op
 from penstock.testing.gate import Compiled, faults
 
 pytest.importorskip("triton")
@@ -22,8 +23,22 @@ def run(*arguments, newest=False):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
-def test_every_kernel_compiles():
-    result = run("-m", "penstock.testing.gate")
+def groups():
+    """Operators by room, those of attention one by one: parts of the gate that several test workers take among them."""
+    rooms = {}
+    for value in vars(catalogue).values():
+        if isinstance(value, Op) and any("triton" in each.needs for each in value.implementations.values()):
+            room = value.module.split(".")[2]
+            rooms.setdefault(value.name if room == "attention" else room, []).append(value.name)
+    return rooms
+
+
+GROUPS = groups()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_kernel_compiles(group):
+    result = run("-m", "penstock.testing.gate", *GROUPS[group])
     assert result.returncode == 0, found(result)
     assert result.stdout.splitlines()[-1] == "0 faults"
 
@@ -34,8 +49,9 @@ def found(result):
 
 
 @pytest.mark.skipif(not NEWEST, reason="PENSTOCK_NEWEST_TRITON names no folder with the newest Triton (make test sets it)")
-def test_every_kernel_compiles_with_the_newest_triton():
-    result = run("-m", "penstock.testing.gate", newest=True)
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_kernel_compiles_with_the_newest_triton(group):
+    result = run("-m", "penstock.testing.gate", *GROUPS[group], newest=True)
     assert result.returncode == 0, found(result)
     assert f"Triton {version_in(NEWEST)}" in result.stdout.splitlines()[0]
 
