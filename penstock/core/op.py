@@ -60,7 +60,15 @@ class Implementation:
 class Op:
     """An operator: call it like the function it wraps."""
 
-    def __init__(self, function: Callable[..., Any], schema: str, spec: Spec, exact: bool = False, tile: int | None = None):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        schema: str,
+        spec: Spec,
+        exact: bool = False,
+        tile: int | None = None,
+        alignment: tuple[str, ...] = (),
+    ):
         functools.update_wrapper(self, function)
         self.function = function
         self.name = function.__name__
@@ -68,6 +76,7 @@ class Op:
         self.contract = Contract(self.name, spec)
         self.exact = exact
         self.tile = tile
+        self._aligned = [self.contract.names.index(name) for name in alignment]
         self.implementations: dict[str, Implementation] = {}
         self.definition: Callable[..., Any] | None = None
         self._baseline: Callable[..., Any] | None = None
@@ -175,7 +184,7 @@ class Op:
     # ---- choosing
 
     def pick(self, impl: str, *args: Any) -> Callable[..., None]:
-        """Checks the contract and returns the launch function; both remembered by signature, of which alignment is a part.
+        """Checks the contract and returns the launch function; both remembered by signature.
 
         Args:
             impl: "auto", "reference" or an implementation's name; a name never falls back.
@@ -184,21 +193,20 @@ class Op:
         """
         if torch.compiler.is_compiling():
             return functools.partial(self.library_op, impl)
-        # What is plainly no tensor skips isinstance, which Tensor's metaclass makes dear.
-        key = (
-            impl,
-            *[
-                a
-                if type(a) in _PLAIN
-                else (a.shape, a.dtype, a.stride(), a.device, a.data_ptr() & 15)
-                if isinstance(a, Tensor)
-                else a
-                for a in args
-            ],
-        )
+        # Each word of this costs up to 0.1 µs a tensor; isinstance with what is no tensor is slow, Tensor has a metaclass.
+        parts = [
+            (a.shape, a.dtype, a.stride(), a.device)
+            if type(a) is Tensor
+            else a
+            if type(a) in _PLAIN or not isinstance(a, Tensor)
+            else (a.shape, a.dtype, a.stride(), a.device)
+            for a in args
+        ]
         try:
+            parts += [args[i].data_ptr() & 15 for i in self._aligned if args[i] is not None]
+            key = (impl, *parts)
             launch = self._picked.get(key)
-        except TypeError:  # something unhashable, such as a list where a tensor belongs: the contract names it
+        except (TypeError, AttributeError):  # unhashable, or without an address where a tensor belongs: the contract names it
             self.contract.check(args)
             raise
         if launch is None:
@@ -276,11 +284,14 @@ class Op:
         torch.library.register_fake(f"penstock::{self.name}", lambda *args: None, lib=_LIBRARY)
 
 
-def op(schema: str, spec: Spec, exact: bool = False, tile: int | None = None) -> Callable[[Callable[..., Any]], Op]:
+def op(
+    schema: str, spec: Spec, exact: bool = False, tile: int | None = None, alignment: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Op]:
     """Makes an operator of a public function; see the head of this file.
 
     Args:
         exact: every implementation returns the reference's very bits; there is no float64 oracle.
         tile: results are judged by squares of this many rows and columns, so that one wrong tile of a matrix product shows.
+        alignment: tensors whose address an implementation's `supports` looks at; a choice is remembered for it modulo 16.
     """
-    return lambda function: Op(function, schema, spec, exact, tile)
+    return lambda function: Op(function, schema, spec, exact, tile, alignment)

@@ -101,14 +101,22 @@ def test_strides_and_dtype_are_part_of_the_signature():
     assert len(scaled_for_tests._picked) == count + 2
 
 
-def test_alignment_is_part_of_the_signature():
+def test_alignment_is_part_of_the_signature_where_it_is_asked_for():
+    def aligned_for_tests(x, *, out=None, impl="auto"):
+        """y = x."""
+
+    aligned = op("(Tensor(a!) out, Tensor x) -> ()", {"x": ("N", FLOATS)}, alignment=("x",))(aligned_for_tests)
+
+    @aligned.impl("first", needs=("cpu",), supports=lambda x: "is not aligned" if x.data_ptr() % 16 else None)
+    def first(out, x):
+        raise AssertionError("never launched")
+
     x = torch.randn(33)
-    scaled_for_tests(x[:32])
-    count = len(scaled_for_tests._picked)
-    scaled_for_tests(x[:32].clone())
-    assert len(scaled_for_tests._picked) == count
-    scaled_for_tests(x[1:])
-    assert len(scaled_for_tests._picked) == count + 1
+    assert aligned.pick("first", x[:32]) is first
+    assert aligned.pick("first", x[:32].clone()) is first
+    assert len(aligned._picked) == 1
+    with pytest.raises(NotSupported, match="is not aligned"):
+        aligned.pick("first", x[1:])
 
 
 def test_a_schema_without_a_contract_argument_is_refused():

@@ -34,6 +34,7 @@ SPEC = {
     " int max_seqlen_q, int max_seqlen_k, bool causal, float? scale, int window_left, int window_right, float? softcap,"
     " Tensor? sinks) -> ()",
     SPEC,
+    alignment=("q", "k", "v", "out"),
 )
 def attention_prefill(
     q: Tensor,
