@@ -97,7 +97,8 @@ def best_ids(logits: Tensor, top_n: int) -> Tensor:
     return 0x7FFFFFFF - (keys.topk(top_n, dim=1).values & 0x7FFFFFFF)
 
 
-@log_probs.impl("triton", needs=("triton",))
+# 32 and 40 bytes with Triton 3.9, none with 3.6.
+@log_probs.impl("triton", needs=("triton",), spill_bytes=40)
 def _triton(chosen: Tensor, ranks: Tensor, top_ids: Tensor, top: Tensor, logits: Tensor, ids: Tensor, top_n: int) -> None:
     """The best ids are torch.topk's, on the same device, where there are many."""
     from penstock.ops.sampling.log_probs_triton import MOST, launch
