@@ -193,13 +193,15 @@ class Op:
         """
         if torch.compiler.is_compiling():
             return functools.partial(self.library_op, impl)
-        # Each word of this costs up to 0.1 µs a tensor; isinstance with what is no tensor is slow, Tensor has a metaclass.
+        # Each word of this costs up to 0.1 µs a tensor. isinstance with what is no tensor is slow, Tensor has a metaclass; so
+        # are making, hashing and comparing torch.device and strides: the index stands for the device, −1 on the CPU, and a
+        # contiguous tensor is one like any other, whatever strides its dimensions of size 1 have.
         parts = [
-            (a.shape, a.dtype, a.stride(), a.device)
+            (a.shape, a.dtype, a.get_device(), a.is_contiguous() or a.stride())
             if type(a) is Tensor
             else a
             if type(a) in _PLAIN or not isinstance(a, Tensor)
-            else (a.shape, a.dtype, a.stride(), a.device)
+            else (a.shape, a.dtype, a.get_device(), a.is_contiguous() or a.stride())
             for a in args
         ]
         try:
