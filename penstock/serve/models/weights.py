@@ -4,6 +4,7 @@ weights = load_weights("path/of/checkpoint", spec, device="cuda", dtype=torch.bf
 """
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from torch import Tensor
 from penstock.serve.models.names import EMBEDDING, LM_HEAD, checkpoint_names
 from penstock.serve.models.parameters import Weights, allocate_weights
 from penstock.serve.models.quantization import KV_SCALES
+from penstock.serve.models.quantized_experts import QuantizedExperts
 from penstock.serve.models.spec import ModelError, ModelSpec
 
+logger = logging.getLogger("penstock.serve")
 Progress = Callable[[int, int], None]
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -54,6 +57,7 @@ def load_weights(
     codes = {
         name: weight.scheme.stored for weight in weights.quantized() for name, _ in weight.names() if name.endswith(".weight")
     }
+    unused: list[str] = []
     unread, total, done = set(targets), sum(file.stat().st_size for file in files), 0
     for file in files:
         with _open(file) as tensors:
@@ -63,6 +67,7 @@ def load_weights(
                 if name not in targets:
                     if spec.quantization is None or not _unused(file, tensors, name):
                         raise ModelError(f"{file} has the tensor {name}, which {spec.architecture} does not use")
+                    unused.append(name)
                     continue
                 done += _read_tensor(file, tensors, name, targets[name], codes.get(name))
                 unread.discard(name)
@@ -70,6 +75,7 @@ def load_weights(
                     progress(done, total)
     if unread:
         raise _missing(Path(path), spec, unread)
+    _warn_of_unused(unused, weights)
     weights.prepare()
     if spec.tie_word_embeddings and not tied and torch.equal(weights.embedding, weights.lm_head):
         weights.lm_head = weights.embedding
@@ -168,6 +174,18 @@ def _unused(file: Path, tensors: Any, name: str) -> bool:
     if bool(tensors.get_tensor(name).any()):
         raise ModelError(f"{file}: {name} must be 0 (weights and activations are symmetric), got other values")
     return True
+
+
+def _warn_of_unused(unused: list[str], weights: Weights) -> None:
+    """One sentence for each thing that a quantised checkpoint asks for and that is done more exactly."""
+    scales = [name for name in unused if not name.endswith("_zero_point")]
+    if scales:
+        kept = weights.embedding.dtype
+        logger.warning("%s and %d more are not used: keys and values are kept in %s", scales[0], len(scales) - 1, kept)
+    for layer in weights.layers:
+        if layer.experts is not None and isinstance(layer.experts.down, QuantizedExperts) and layer.experts.down.scheme.static:
+            logger.warning("the experts' input_scale are not used: their activations get scales as they come")
+            return
 
 
 def _missing(directory: Path, spec: ModelSpec, unread: set[str]) -> ModelError:

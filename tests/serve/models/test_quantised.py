@@ -228,6 +228,15 @@ def test_zero_points_of_zero_change_nothing(editable):
     load_weights(directory, read_spec(directory), dtype=torch.float32)
 
 
+def test_what_is_done_otherwise_is_said(published, caplog):
+    for name in ("fp8-block-qwen3", "fp8-static-llama-kv", "fp8-static-mixtral"):
+        directory = published(name).directory
+        load_weights(directory, read_spec(directory), dtype=torch.bfloat16)
+    keys, experts = (record.getMessage() for record in caplog.records)
+    assert "self_attn.k_scale and 3 more are not used" in keys and "torch.bfloat16" in keys
+    assert "experts' input_scale" in experts
+
+
 def group(**changes):
     """compressed-tensors of FP8 channels and tokens, with these fields of the weights or inputs changed."""
     config = compressed_tensors("float", "channel", "token")
