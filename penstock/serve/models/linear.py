@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from penstock.core.formats import BLOCK, FP8_BLOCK, FP8_TENSOR, FP8_TOKEN, Format
-from penstock.ops import gemm_fp8, gemm_int8, quantize
+from penstock.ops import gemm_counters, gemm_fp8, gemm_int8, quantize
 from penstock.serve.models.layer_spec import ModelError
 from penstock.serve.models.quantization import Scheme
 
@@ -35,12 +35,14 @@ class Product:
         scale: of the codes, as gemm_fp8 and gemm_int8 take it.
         format: of the gemm.
         input_scale: [1], the static scale of all activations; None for a dynamic one.
+        counters: of its own, which saves a fill in each call.
     """
 
     codes: Tensor
     scale: Tensor
     format: Format
     input_scale: Tensor | None
+    counters: Tensor
 
     def quantise(self, x: Tensor) -> Operand:
         """Codes of x [T, K] and their scale."""
@@ -56,7 +58,8 @@ class Product:
         """[T, N] in dtype, of what quantise returned."""
         codes, scale = operand
         gemm = gemm_fp8 if self.codes.dtype.is_floating_point else gemm_int8
-        return gemm(codes, self.codes, scale, self.scale, format=self.format, bias=bias, out_dtype=dtype)
+        options = {"format": self.format, "bias": bias, "out_dtype": dtype, "counters": self.counters}
+        return gemm(codes, self.codes, scale, self.scale, **options)
 
 
 @dataclass(slots=True)
@@ -148,7 +151,7 @@ class QuantizedLinear:
                 format = FP8_TENSOR
             else:
                 scale = scale.repeat_interleave(torch.tensor(rows, device=scale.device))
-        return Product(self.codes[start : start + sum(rows)], scale, format, input_scale)
+        return Product(self.codes[start : start + sum(rows)], scale, format, input_scale, gemm_counters(self.codes.device))
 
     def dequantised(self) -> Tensor:
         """The weights [N, K] themselves, in place of codes that were allocated in their dtype."""

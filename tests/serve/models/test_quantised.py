@@ -72,9 +72,9 @@ def expected(published):
     return compute
 
 
-def our_logits(directory, dtype, prompts=PROMPTS):
-    session = Session(directory, dtype, requests=len(prompts))
-    return torch.cat(list(session.step({}, dict(enumerate(prompts))).values())).double()
+def our_logits(directory, dtype, prompts=PROMPTS, device="cpu"):
+    session = Session(directory, dtype, requests=len(prompts), device=device)
+    return torch.cat(list(session.step({}, dict(enumerate(prompts))).values())).double().cpu()
 
 
 def errors(got, exact):
@@ -95,9 +95,10 @@ def test_logits_in_float32(name, published, expected):
     judge(got, *(expected(name, dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_bfloat16_is_as_accurate_as_the_plain_computation(name, published, expected):
-    got, exact = our_logits(published(name).directory, torch.bfloat16), expected(name, torch.float64)
+def test_bfloat16_is_as_accurate_as_the_plain_computation(name, device, published, expected):
+    got, exact = our_logits(published(name).directory, torch.bfloat16, device=device), expected(name, torch.float64)
     ours, theirs = (((each - exact).norm() / exact.norm()).item() for each in (got, expected(name, torch.bfloat16)))
     assert ours <= 2 * theirs, (ours, theirs)
 
