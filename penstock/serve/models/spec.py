@@ -48,6 +48,7 @@ class ModelSpec:
     dtype: str = "bfloat16"
     renamed: tuple[tuple[str, str], ...] = ()  # parts of Llama's tensor names → what this architecture calls them
     quantization: Quantization | None = None
+    draft_layers: int = 0  # that guess tokens, after the others in the checkpoint; they are not read
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelSpec":
@@ -368,7 +369,8 @@ def _deepseek(name: str, config: Any, mixture: ExpertsSpec) -> ModelSpec:
     }
     count, dense = config.num_hidden_layers, config.first_k_dense_replace
     experts = [None if i < dense else mixture for i in range(count)]
-    return _model(name, config, ropes=(rope,), experts=experts, layer=layer)
+    guessing = getattr(config, "num_nextn_predict_layers", None) or 0
+    return _model(name, config, ropes=(rope,), experts=experts, layer=layer, draft_layers=guessing)
 
 
 def _deepseek_experts(config: Any, **options: Any) -> ExpertsSpec:

@@ -57,12 +57,14 @@ def load_weights(
     codes = {
         name: weight.scheme.stored for weight in weights.quantized() for name, _ in weight.names() if name.endswith(".weight")
     }
+    drafts = tuple(f"model.layers.{len(spec.layers) + index}." for index in range(spec.draft_layers))
     unused: list[str] = []
     unread, total, done = set(targets), sum(file.stat().st_size for file in files), 0
     for file in files:
         with _open(file) as tensors:
             for name in names[file]:
-                if name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints carry
+                # a buffer that old checkpoints carry; layers for guesses
+                if name.endswith("rotary_emb.inv_freq") or name.startswith(drafts):
                     continue
                 if name not in targets:
                     if spec.quantization is None or not _unused(file, tensors, name):

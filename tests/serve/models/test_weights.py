@@ -116,6 +116,17 @@ def test_rotary_buffers_are_ignored(editable):
     load(directory)
 
 
+def test_layers_that_guess_tokens_are_not_read(editable):
+    directory, tensors, save = editable("deepseek3")
+    tensors["model.layers.2.eh_proj.weight"] = torch.ones(64, 128)
+    save()
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    wrong(directory, "model.layers.2.eh_proj.weight")
+    (directory / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    load(directory)
+
+
 def wrong(directory, *words):
     with pytest.raises(ModelError) as error:
         load(directory)
