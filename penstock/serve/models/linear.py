@@ -127,8 +127,8 @@ class QuantizedLinear:
 
     def prepare(self) -> None:
         """Checks the scales that were read and decides which layers are one product."""
+        scales = self.scale.split([self.scheme.scale_rows(each) for each in self.rows])
         for index, module in enumerate(self.modules):
-            scales = self.scale.split([self.scheme.scale_rows(each) for each in self.rows])
             check_scale(f"{module}.{self.scheme.scale_name}", scales[index])
             if self.input_scale is not None:
                 check_scale(f"{module}.input_scale", self.input_scale[index], positive=True)
@@ -154,11 +154,11 @@ class QuantizedLinear:
         return Product(self.codes[start : start + sum(rows)], scale, format, input_scale, gemm_counters(self.codes.device))
 
     def dequantised(self) -> Tensor:
-        """The weights [N, K] themselves, in place of codes that were allocated in their dtype."""
-        for product in self.products:
-            scale = FP8_BLOCK.spread(product.scale, product.codes.shape, True) if product.scale.dim() == 2 else product.scale
-            product.codes.copy_(product.codes.float() * (scale if product.scale.dim() == 2 else scale.view(-1, 1)))
-        return self.codes
+        """The weights [N, K] of one layer themselves, in place of codes that were allocated in their dtype."""
+        [product] = self.products
+        block = product.scale.dim() == 2
+        scale = FP8_BLOCK.spread(product.scale, product.codes.shape, True) if block else product.scale.view(-1, 1)
+        return product.codes.copy_(product.codes.float() * scale)
 
 
 def check_scale(name: str, scale: Tensor, positive: bool = False) -> None:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from penstock.core.formats import FP8_TOKEN
 from penstock.serve.models.linear import QuantizedLinear
+from penstock.serve.models.quantization import Modules, Quantization, Scheme
 from penstock.serve.models.spec import ModelError, read_spec
-from penstock.serve.models.weights import load_weights
+from penstock.serve.models.weights import load_weights, random_weights
 from tests.serve.models.quantised import PUBLISHED, Checkpoint, compressed_tensors
 from tests.serve.models.session import Session
 from tests.serve.models.test_generation import generate, load
@@ -174,8 +176,6 @@ def test_kv_b_is_dequantised(published):
 
 @pytest.mark.parametrize("name", ["fp8-block-deepseek3", "int8-static-qwen2"])
 def test_random_weights_of_a_quantised_spec(name, published):
-    from penstock.serve.models.weights import random_weights
-
     spec = read_spec(published(name).directory)
     weights, again = (random_weights(spec, dtype=torch.float32, seed=1) for _ in range(2))
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(weights.tensors(), again.tensors(), strict=True))
@@ -245,6 +245,20 @@ def group(**changes):
         part, field = path.split("__")
         config["config_groups"]["group_0"][part][field] = value
     return config
+
+
+def test_modules_find_their_scheme():
+    tensor, channel = (Scheme(FP8_TOKEN, weights) for weights in ("tensor", "channel"))
+    groups = ((Modules.read(["Linear"]), tensor), (Modules.read(["re:.*mlp[.]", "model.layers.7.self_attn"]), channel))
+    quantization = Quantization(groups, Modules.read(["lm_head", "mlp.gate", "re:.*layers[.]3[.]"]))
+    assert quantization.scheme("model.layers.0.self_attn.q_proj") is tensor
+    assert quantization.scheme("model.layers.0.mlp.gate_proj") is channel  # a name comes before the class
+    assert quantization.scheme("model.layers.7.self_attn.q_proj") is channel
+    assert quantization.scheme("model.layers.70.self_attn.q_proj") is tensor
+    assert quantization.scheme("lm_head") is None
+    assert quantization.scheme("model.layers.0.mlp.gate") is None
+    assert quantization.scheme("model.layers.3.mlp.up_proj") is None
+    assert Quantization(groups[1:], Modules.read(())).scheme("model.layers.0.self_attn.q_proj") is None
 
 
 @pytest.mark.parametrize(
