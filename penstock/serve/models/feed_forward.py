@@ -20,7 +20,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def down(activation: Callable[[Tensor], Tensor], gate_up: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+def gated_down(activation: Callable[[Tensor], Tensor], gate_up: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """down(activation(gate) · up) [T, H] of [gate | up] [T, 2I]; silu's product is quantised in one pass where down is."""
     if activation is not silu_and_mul or not isinstance(weight, QuantizedLinear):
         return linear(activation(gate_up), weight, bias)
@@ -42,7 +42,7 @@ class Mlp:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[T, H] → [T, H]."""
-        return down(self.activation, linear(hidden, self.gate_up, self.gate_up_bias), self.down, self.down_bias)
+        return gated_down(self.activation, linear(hidden, self.gate_up, self.gate_up_bias), self.down, self.down_bias)
 
 
 class Experts:
@@ -77,7 +77,7 @@ class Experts:
         ids, weights = moe_route(logits, **self.route)
         shared = None
         if own.shared_gate_up is not None and own.shared_down is not None:
-            shared = down(silu_and_mul, linear(hidden, own.shared_gate_up), own.shared_down)
+            shared = gated_down(silu_and_mul, linear(hidden, own.shared_gate_up), own.shared_down)
             if own.shared_gate is not None:
                 shared *= torch.sigmoid(linear(hidden, own.shared_gate))
         return fused_moe(hidden, *self.matrices, ids, weights, shared_output=shared, **self.options)
