@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, split_with_sizes
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from penstock.ops import (
     add_rms_norm,
@@ -26,6 +26,7 @@ from penstock.ops import (
 from penstock.serve.models.batch import Batch
 from penstock.serve.models.feed_forward import Experts, Mlp
 from penstock.serve.models.latent import LatentAttention
+from penstock.serve.models.linear import linear
 from penstock.serve.models.mamba import MambaMixer
 from penstock.serve.models.parameters import LayerWeights, Weights
 from penstock.serve.models.spec import LayerSpec, ModelSpec

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from penstock.ops import fused_moe, gelu_and_mul, moe_route, silu_and_mul
-from penstock.serve.models.parameters import ExpertWeights, LayerWeights
+from penstock.ops import fused_moe, gelu_and_mul, moe_route, silu_and_mul, silu_and_mul_quant
+from penstock.serve.models.linear import QuantizedLinear, linear
+from penstock.serve.models.parameters import ExpertWeights, LayerWeights, Matrix
+from penstock.serve.models.quantized_experts import QuantizedExperts
 from penstock.serve.models.spec import ExpertsSpec
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -16,6 +18,15 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": gelu_and_mul,
     "gelu": partial(gelu_and_mul, approximate="none"),
 }
+
+
+def gated_down(activation: Callable[[Tensor], Tensor], gate_up: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+    """down(activation(gate) · up) [T, H] of [gate | up] [T, 2I]; silu's product is quantised in one pass where down is."""
+    if activation is not silu_and_mul or not isinstance(weight, QuantizedLinear):
+        return linear(activation(gate_up), weight, bias)
+    [product] = weight.products
+    operand = silu_and_mul_quant(gate_up, format=product.format, scale=product.static_scale(len(gate_up)))
+    return product.multiply(operand, gate_up.dtype, bias)
 
 
 class Mlp:
@@ -31,16 +42,23 @@ class Mlp:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[T, H] → [T, H]."""
-        return linear(self.activation(linear(hidden, self.gate_up, self.gate_up_bias)), self.down, self.down_bias)
+        return gated_down(self.activation, linear(hidden, self.gate_up, self.gate_up_bias), self.down, self.down_bias)
 
 
 class Experts:
     """Each token's best experts, weighted, and the shared MLP of all tokens, bound to their parameters."""
 
-    __slots__ = ("route", "weights", "wide")
+    __slots__ = ("matrices", "options", "route", "weights", "wide")
 
     def __init__(self, spec: ExpertsSpec, weights: ExpertWeights):
         self.weights = weights
+        gate_up, down = weights.gate_up, weights.down
+        self.options: dict[str, Any] = {}
+        if isinstance(gate_up, QuantizedExperts) and isinstance(down, QuantizedExperts):
+            self.options = {"w_gate_up_scale": gate_up.scale, "w_down_scale": down.scale, "format": gate_up.format}
+            gate_up, down = gate_up.codes, down.codes
+        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+        self.matrices = gate_up, down
         self.wide = spec.float32_router
         self.route = {
             "top_k": spec.top_k,
@@ -59,7 +77,7 @@ class Experts:
         ids, weights = moe_route(logits, **self.route)
         shared = None
         if own.shared_gate_up is not None and own.shared_down is not None:
-            shared = linear(silu_and_mul(linear(hidden, own.shared_gate_up)), own.shared_down)
+            shared = gated_down(silu_and_mul, linear(hidden, own.shared_gate_up), own.shared_down)
             if own.shared_gate is not None:
                 shared *= torch.sigmoid(linear(hidden, own.shared_gate))
-        return fused_moe(hidden, own.gate_up, own.down, ids, weights, shared_output=shared)
+        return fused_moe(hidden, *self.matrices, ids, weights, shared_output=shared, **self.options)

@@ -6,10 +6,10 @@ Prompts have too many queries for that: their keys and values are restored from 
 
 import torch
 from torch import Tensor, split_with_sizes
-from torch.nn.functional import linear
 
 from penstock.ops import attention_prefill, gather_kv, mla_decode, rms_norm, rope, store_kv
 from penstock.serve.models.batch import Batch
+from penstock.serve.models.linear import linear
 from penstock.serve.models.parameters import LatentWeights
 from penstock.serve.models.spec import LatentSpec
 
@@ -29,6 +29,7 @@ class LatentAttention:
         self.heads = heads
         self.scale = scale
         self.eps = eps
+        assert isinstance(weights.kv_b, Tensor)
         up = weights.kv_b.view(heads, spec.nope_dim + spec.value_dim, spec.rank)
         self.up_keys, self.up_values = split_with_sizes(up, (spec.nope_dim, spec.value_dim), 1)
 

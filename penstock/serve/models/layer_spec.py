@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 
 
+class ModelError(ValueError):
+    """A checkpoint or its config cannot be read or is not supported; the message is one sentence."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertsSpec:
     """A mixture of experts in place of the MLP.

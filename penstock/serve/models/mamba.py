@@ -5,11 +5,11 @@ in_proj gives the gate z, what is convolved (x, B and C) and a step for each hea
 
 import torch
 from torch import Tensor, split_with_sizes
-from torch.nn.functional import linear
 
 from penstock.ops import causal_conv1d, causal_conv1d_update, rms_norm, ssd_prefill, ssm_state_update
 from penstock.serve.models.batch import Batch
 from penstock.serve.models.layer_spec import MambaSpec
+from penstock.serve.models.linear import linear
 from penstock.serve.models.parameters import MambaWeights
 
 

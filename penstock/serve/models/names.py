@@ -2,40 +2,39 @@
 
 from torch import Tensor
 
-from penstock.serve.models.parameters import ExpertWeights, LatentWeights, LayerWeights, MambaWeights, Weights
-from penstock.serve.models.spec import LayerSpec, ModelSpec
+from penstock.serve.models.parameters import (
+    ExpertWeights,
+    LatentWeights,
+    LayerWeights,
+    MambaWeights,
+    Matrix,
+    Weights,
+    shared_name,
+)
+from penstock.serve.models.spec import PACKED, ExpertsSpec, LayerSpec, ModelSpec
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
-PACKED = "mlp.gate_up_proj"  # of an architecture that renames it: gate and up are one tensor in the checkpoint too
 
-Names = dict[str, Tensor | None]
+Names = dict[str, Matrix | None]
 
 
 def checkpoint_names(spec: ModelSpec, weights: Weights) -> dict[str, Tensor]:
     """Where each tensor of a checkpoint goes: its published name → the parameter, or the part of a packed one."""
-    names = {EMBEDDING: weights.embedding, "model.norm.weight": weights.norm}
+    names: Names = {EMBEDDING: weights.embedding, "model.norm.weight": weights.norm}
     if weights.lm_head is not weights.embedding:
         names[LM_HEAD] = weights.lm_head
-    packed = any(old == PACKED for old, _ in spec.renamed)
     for index, (layer, own) in enumerate(zip(spec.layers, weights.layers, strict=True)):
-        by_suffix = _layer_names(layer, own, packed)
+        by_suffix = _layer_names(layer, own, spec.packed_mlp)
         if own.latent is not None:
             by_suffix |= _latent_names(own.latent)
         if own.mamba is not None:
             by_suffix |= _mamba_names(own.mamba, own)
-        if own.experts is not None:
-            mixtral = spec.architecture == "MixtralForCausalLM"
-            by_suffix |= _mixtral_names(own.experts) if mixtral else _expert_names(own.experts)
-        names |= {f"model.layers.{index}.{suffix}": to for suffix, to in by_suffix.items() if to is not None}
-    return {published(name, spec): to for name, to in names.items()}
-
-
-def published(name: str, spec: ModelSpec) -> str:
-    """What the architecture calls a tensor that has this name in Llama."""
-    for old, new in spec.renamed:
-        name = name.replace(old, new)
-    return name
+        if layer.experts is not None and own.experts is not None:
+            by_suffix |= _expert_names(layer.experts, own.experts)
+        names |= {f"model.layers.{index}.{suffix}": to for suffix, to in by_suffix.items()}
+    plain = {spec.published(name): to for name, to in names.items() if isinstance(to, Tensor)}
+    return plain | {name: to for weight in weights.quantized() for name, to in weight.names()}
 
 
 def _layer_names(layer: LayerSpec, own: LayerWeights, packed: bool) -> Names:
@@ -54,12 +53,12 @@ def _layer_names(layer: LayerSpec, own: LayerWeights, packed: bool) -> Names:
         "mlp.down_proj.bias": own.down_bias,
     }
     for kind, qkv, gate_up in (("weight", own.qkv, own.gate_up), ("bias", own.qkv_bias, own.gate_up_bias)):
-        if qkv is not None:
+        if isinstance(qkv, Tensor):
             parts = qkv.split((q, kv, kv))
             names |= {f"self_attn.{part}_proj.{kind}": parts[i] for i, part in enumerate("qkv")}
-        if gate_up is not None and packed:
+        if isinstance(gate_up, Tensor) and packed:
             names[f"{PACKED}.{kind}"] = gate_up
-        elif gate_up is not None:
+        elif isinstance(gate_up, Tensor):
             names[f"mlp.gate_proj.{kind}"], names[f"mlp.up_proj.{kind}"] = gate_up.chunk(2)
     return names
 
@@ -95,28 +94,19 @@ def _latent_names(own: LatentWeights) -> Names:
     }
 
 
-def _mixtral_names(own: ExpertWeights) -> Names:
-    names: Names = {"block_sparse_moe.gate.weight": own.router}
-    for e, (gate_up, down) in enumerate(zip(own.gate_up, own.down, strict=True)):
-        expert = f"block_sparse_moe.experts.{e}"
-        names[f"{expert}.w1.weight"], names[f"{expert}.w3.weight"] = gate_up.chunk(2)
-        names[f"{expert}.w2.weight"] = down
-    return names
-
-
-def _expert_names(own: ExpertWeights) -> Names:
-    # Qwen2-MoE's one shared expert, DeepSeek's several that are one MLP
-    shared = "mlp.shared_expert" if own.shared_gate is not None else "mlp.shared_experts"
+def _expert_names(spec: ExpertsSpec, own: ExpertWeights) -> Names:
+    shared = shared_name(spec)
     names: Names = {
         "mlp.gate.weight": own.router,
         "mlp.gate.e_score_correction_bias": own.router_bias,
         f"{shared}.down_proj.weight": own.shared_down,
         "mlp.shared_expert_gate.weight": own.shared_gate,
     }
-    if own.shared_gate_up is not None:
+    if isinstance(own.shared_gate_up, Tensor):
         names[f"{shared}.gate_proj.weight"], names[f"{shared}.up_proj.weight"] = own.shared_gate_up.chunk(2)
-    for e, (gate_up, down) in enumerate(zip(own.gate_up, own.down, strict=True)):
-        expert = f"mlp.experts.{e}"
-        names[f"{expert}.gate_proj.weight"], names[f"{expert}.up_proj.weight"] = gate_up.chunk(2)
-        names[f"{expert}.down_proj.weight"] = down
+    if isinstance(own.gate_up, Tensor) and isinstance(own.down, Tensor):
+        for e, (gate_up, down) in enumerate(zip(own.gate_up, own.down, strict=True)):
+            expert = f"mlp.experts.{e}"
+            names[f"{expert}.gate_proj.weight"], names[f"{expert}.up_proj.weight"] = gate_up.chunk(2)
+            names[f"{expert}.down_proj.weight"] = down
     return names

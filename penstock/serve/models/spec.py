@@ -11,14 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from penstock.serve.models.layer_spec import ExpertsSpec, LatentSpec, LayerSpec, MambaSpec, layer_parameters
+from penstock.serve.models.layer_spec import ExpertsSpec, LatentSpec, LayerSpec, MambaSpec, ModelError, layer_parameters
+from penstock.serve.models.quantization import Quantization, read_quantization
 
 # A model without positions has no longest context; tables of the runtime need a number.
 UNBOUNDED = 1 << 20
-
-
-class ModelError(ValueError):
-    """A checkpoint or its config cannot be read or is not supported; the message is one sentence."""
+PACKED = "mlp.gate_up_proj"  # of an architecture that renames it: gate and up are one tensor in the checkpoint too
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +47,8 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     renamed: tuple[tuple[str, str], ...] = ()  # parts of Llama's tensor names → what this architecture calls them
+    quantization: Quantization | None = None
+    draft_layers: int = 0  # that guess tokens, after the others in the checkpoint; they are not read
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelSpec":
@@ -60,7 +60,18 @@ class ModelSpec:
         if name not in ARCHITECTURES:
             raise ModelError(f"the architecture {name} is not known; known are {', '.join(ARCHITECTURES)}")
         _refuse_unsupported(name, config)
-        return ARCHITECTURES[name](name, config)
+        return replace(ARCHITECTURES[name](name, config), quantization=read_quantization(config))
+
+    def published(self, name: str) -> str:
+        """What the architecture calls a tensor or module that has this name in Llama, or in Qwen's mixtures."""
+        for old, new in self.renamed:
+            name = name.replace(old, new)
+        return name
+
+    @property
+    def packed_mlp(self) -> bool:
+        """Whether gate and up are one tensor in the checkpoint."""
+        return any(old == PACKED for old, _ in self.renamed)
 
     @property
     def max_context(self) -> int:
@@ -135,12 +146,6 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 
 
 def _refuse_unsupported(name: str, config: Any) -> None:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        get = quantization.get if isinstance(quantization, dict) else lambda key: getattr(quantization, key, None)
-        raise ModelError(
-            f"{name} with quantization_config ({get('quant_method')}) is not supported; use the unquantised checkpoint"
-        )
     for field in ("num_local_experts", "num_experts", "n_routed_experts"):
         if (getattr(config, field, None) or 0) > 1 and name not in _MIXTURES:
             raise ModelError(f"{name} with mixture-of-experts layers ({field}={getattr(config, field)}) is not supported")
@@ -295,7 +300,15 @@ def _qwen3(name: str, config: Any) -> ModelSpec:
 def _mixtral(name: str, config: Any) -> ModelSpec:
     mixture = ExpertsSpec(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size)
     count = config.num_hidden_layers
-    return _model(name, config, windows=[config.sliding_window] * count, experts=[mixture] * count, layer={})
+    renamed = (
+        ("mlp.gate.", "block_sparse_moe.gate."),
+        ("mlp.experts.", "block_sparse_moe.experts."),
+        ("gate_proj", "w1"),
+        ("up_proj", "w3"),
+        ("down_proj", "w2"),
+    )
+    windows = [config.sliding_window] * count
+    return _model(name, config, windows=windows, experts=[mixture] * count, layer={}, renamed=renamed)
 
 
 def _sparse(config: Any, mixture: ExpertsSpec) -> list[ExpertsSpec | None]:
@@ -356,7 +369,8 @@ def _deepseek(name: str, config: Any, mixture: ExpertsSpec) -> ModelSpec:
     }
     count, dense = config.num_hidden_layers, config.first_k_dense_replace
     experts = [None if i < dense else mixture for i in range(count)]
-    return _model(name, config, ropes=(rope,), experts=experts, layer=layer)
+    guessing = getattr(config, "num_nextn_predict_layers", None) or 0
+    return _model(name, config, ropes=(rope,), experts=experts, layer=layer, draft_layers=guessing)
 
 
 def _deepseek_experts(config: Any, **options: Any) -> ExpertsSpec:

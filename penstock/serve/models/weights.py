@@ -4,6 +4,7 @@ weights = load_weights("path/of/checkpoint", spec, device="cuda", dtype=torch.bf
 """
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from penstock.serve.models.names import EMBEDDING, LM_HEAD, checkpoint_names, published
+from penstock.serve.models.names import EMBEDDING, LM_HEAD, checkpoint_names
 from penstock.serve.models.parameters import Weights, allocate_weights
+from penstock.serve.models.quantization import KV_SCALES
+from penstock.serve.models.quantized_experts import QuantizedExperts
 from penstock.serve.models.spec import ModelError, ModelSpec
 
+logger = logging.getLogger("penstock.serve")
 Progress = Callable[[int, int], None]
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FLOATING = {"F16": 2, "BF16": 2, "F32": 4}
+_SPREAD = 24.0  # deviation of random codes: five of it are in the range of 8-bit integers
+_CODES = {"F8_E4M3": 1, "I8": 1}
 
 
 def load_weights(
@@ -42,26 +48,37 @@ def load_weights(
     files = _checkpoint_files(Path(path))
     names = {file: _tensor_names(file) for file in files}
     found = {name for in_file in names.values() for name in in_file}
-    embedding = published(EMBEDDING, spec)
+    embedding = spec.published(EMBEDDING)
     tied = spec.tie_word_embeddings and not {LM_HEAD, embedding} <= found
     weights = allocate_weights(spec, device=device, dtype=dtype, tied=tied)
     targets = checkpoint_names(spec, weights)
     if tied and embedding not in found and LM_HEAD in found:
         targets[LM_HEAD] = targets.pop(embedding)
+    codes = {
+        name: weight.scheme.stored for weight in weights.quantized() for name, _ in weight.names() if name.endswith(".weight")
+    }
+    drafts = tuple(f"model.layers.{len(spec.layers) + index}." for index in range(spec.draft_layers))
+    unused: list[str] = []
     unread, total, done = set(targets), sum(file.stat().st_size for file in files), 0
     for file in files:
         with _open(file) as tensors:
             for name in names[file]:
-                if name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints carry
+                # a buffer that old checkpoints carry; layers for guesses
+                if name.endswith("rotary_emb.inv_freq") or name.startswith(drafts):
                     continue
                 if name not in targets:
-                    raise ModelError(f"{file} has the tensor {name}, which {spec.architecture} does not use")
-                done += _read_tensor(file, tensors, name, targets[name])
+                    if spec.quantization is None or not _unused(file, tensors, name):
+                        raise ModelError(f"{file} has the tensor {name}, which {spec.architecture} does not use")
+                    unused.append(name)
+                    continue
+                done += _read_tensor(file, tensors, name, targets[name], codes.get(name))
                 unread.discard(name)
                 if progress is not None:
                     progress(done, total)
     if unread:
         raise _missing(Path(path), spec, unread)
+    _warn_of_unused(unused, weights)
+    weights.prepare()
     if spec.tie_word_embeddings and not tied and torch.equal(weights.embedding, weights.lm_head):
         weights.lm_head = weights.embedding
     if progress is not None:
@@ -76,10 +93,18 @@ def random_weights(
     weights = allocate_weights(spec, device=device, dtype=dtype, tied=spec.tie_word_embeddings)
     generator = torch.Generator(device=device).manual_seed(seed)
     for tensor in weights.tensors():
+        if tensor.dtype in (torch.float8_e4m3fn, torch.int8):
+            continue
         if tensor.dim() >= 2:
             tensor.normal_(0.0, 0.02, generator=generator)
         else:
             tensor.zero_()
+    for weight in weights.quantized():
+        weight.codes.copy_(torch.empty(weight.codes.shape, device=device).normal_(0.0, _SPREAD, generator=generator))
+        weight.scale.fill_(0.02 / _SPREAD)
+        if weight.input_scale is not None:
+            weight.input_scale.fill_(1 / _SPREAD)
+    weights.prepare()
     for layer in weights.layers:
         norms = [layer.input_norm, layer.q_norm, layer.k_norm, layer.post_attention_norm, layer.mlp_norm, layer.post_mlp_norm]
         if layer.latent is not None:
@@ -124,16 +149,45 @@ def _tensor_names(file: Path) -> list[str]:
         return list(tensors.keys())
 
 
-def _read_tensor(file: Path, tensors: Any, name: str, target: Tensor) -> int:
-    """Copies one tensor into its place with conversion and returns its bytes in the file."""
+def _read_tensor(file: Path, tensors: Any, name: str, target: Tensor, codes: str | None) -> int:
+    """Copies one tensor into its place with conversion and returns its bytes in the file.
+
+    Args:
+        codes: the dtype that quantised weights have in the file; None for what is not quantised.
+    """
     view = tensors.get_slice(name)
     shape, dtype = list(view.get_shape()), view.get_dtype()
-    if shape != list(target.shape):
+    # a single scale is published as [1] and as []
+    if shape != list(target.shape) and not (shape == [] and target.shape == (1,)):
         raise ModelError(f"{file}: {name} must be {list(target.shape)} by the config, got {shape}")
-    if dtype not in _FLOATING:
-        raise ModelError(f"{file}: {name} must be one of {', '.join(_FLOATING)}, got {dtype}")
+    if dtype not in (_FLOATING if codes is None else (codes,)):
+        wanted = f"one of {', '.join(_FLOATING)}" if codes is None else f"{codes} by its quantization_config"
+        raise ModelError(f"{file}: {name} must be {wanted}, got {dtype}")
     target.copy_(tensors.get_tensor(name))
-    return target.numel() * _FLOATING[dtype]
+    return target.numel() * (_FLOATING | _CODES)[dtype]
+
+
+def _unused(file: Path, tensors: Any, name: str) -> bool:
+    """Whether a quantised checkpoint may have this tensor for nothing: scales of 8-bit keys and values, zero points of 0."""
+    if name.endswith(tuple(f".{suffix}" for suffix in KV_SCALES)):
+        return True
+    if not name.endswith("_zero_point"):
+        return False
+    if bool(tensors.get_tensor(name).any()):
+        raise ModelError(f"{file}: {name} must be 0 (weights and activations are symmetric), got other values")
+    return True
+
+
+def _warn_of_unused(unused: list[str], weights: Weights) -> None:
+    """One sentence for each thing that a quantised checkpoint asks for and that is done more exactly."""
+    scales = [name for name in unused if not name.endswith("_zero_point")]
+    if scales:
+        kept = weights.embedding.dtype
+        logger.warning("%s and %d more are not used: keys and values are kept in %s", scales[0], len(scales) - 1, kept)
+    for layer in weights.layers:
+        if layer.experts is not None and isinstance(layer.experts.down, QuantizedExperts) and layer.experts.down.scheme.static:
+            logger.warning("the experts' input_scale are not used: their activations get scales as they come")
+            return
 
 
 def _missing(directory: Path, spec: ModelSpec, unread: set[str]) -> ModelError:

@@ -136,7 +136,7 @@ def test_every_case_has_the_parameters_of_its_checkpoint(case, build_model):
     [
         ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", *ARCHITECTURES]),
         ({"architectures": []}, ["no architecture"]),
-        ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config (fp8)"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quant_method", "fp8", "compressed-tensors", "gptq"]),
         ({"num_local_experts": 8}, ["mixture-of-experts", "num_local_experts=8"]),
         ({"alibi": True}, ["ALiBi"]),
         ({"hidden_act": "relu"}, ["relu", "silu"]),

@@ -116,6 +116,17 @@ def test_rotary_buffers_are_ignored(editable):
     load(directory)
 
 
+def test_layers_that_guess_tokens_are_not_read(editable):
+    directory, tensors, save = editable("deepseek3")
+    tensors["model.layers.2.eh_proj.weight"] = torch.ones(64, 128)
+    save()
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    wrong(directory, "model.layers.2.eh_proj.weight")
+    (directory / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    load(directory)
+
+
 def wrong(directory, *words):
     with pytest.raises(ModelError) as error:
         load(directory)
@@ -185,14 +196,21 @@ def test_random_weights_depend_on_the_seed_alone():
 
 
 MEMORY = """
-import resource, sys
+import sys
+from dataclasses import replace
+from pathlib import Path
 import torch
+from penstock.core.formats import FP8_BLOCK
+from penstock.serve.models.quantization import EVERY, Modules, Quantization, Scheme
 from penstock.serve.models.spec import LayerSpec, ModelSpec, RopeSpec
 from penstock.serve.models.names import checkpoint_names
 from penstock.serve.models.parameters import allocate_weights
 from penstock.serve.models.weights import load_weights
 layer = LayerSpec(num_heads=8, num_kv_heads=4, head_dim=64, query_scale=1.0, mlp_size=3072)
 spec = ModelSpec("LlamaForCausalLM", 8000, 768, (layer,) * 5, (RopeSpec(64, {}),), 64, 1e-6)
+if sys.argv[3] == "fp8":
+    quantization = Quantization(((EVERY, Scheme(FP8_BLOCK, "block")),), Modules.read(()))
+    spec = replace(spec, layers=(layer,) * 20, quantization=quantization)
 if sys.argv[2] == "write":
     import json
     from safetensors.torch import save_file
@@ -201,7 +219,7 @@ if sys.argv[2] == "write":
     for i, (name, tensor) in enumerate(names.items()):
         weight_map[name] = f"part-{i * 5 // len(names)}.safetensors"
     for file in sorted(set(weight_map.values())):
-        part = {n: t.fill_(1.0).contiguous() for n, t in names.items() if weight_map[n] == file}
+        part = {n: t.copy_(torch.ones(())).contiguous() for n, t in names.items() if weight_map[n] == file}
         save_file(part, f"{sys.argv[1]}/{file}")
     json.dump({"weight_map": weight_map}, open(f"{sys.argv[1]}/model.safetensors.index.json", "w"))
 else:
@@ -211,14 +229,15 @@ else:
     torch.ones(8).mul(2)
     before = peak()
     load_weights(sys.argv[1], spec, dtype=torch.float32)
-    print(peak() - before, spec.num_parameters * 4)
+    print(peak() - before, sum(file.stat().st_size for file in Path(sys.argv[1]).glob("*.safetensors")))
 """
 
 
-def test_peak_host_memory_is_the_checkpoint_and_one_shard(tmp_path):
-    subprocess.run([sys.executable, "-c", MEMORY, tmp_path, "write"], check=True)
+@pytest.mark.parametrize("kind", ["float32", "fp8"])
+def test_peak_host_memory_is_the_checkpoint_and_one_shard(kind, tmp_path):
+    subprocess.run([sys.executable, "-c", MEMORY, tmp_path, "write", kind], check=True)
     shards = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
-    out = subprocess.run([sys.executable, "-c", MEMORY, tmp_path, "read"], check=True, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", MEMORY, tmp_path, "read", kind], check=True, capture_output=True, text=True)
     used, parameters = map(int, out.stdout.split())
     assert parameters > 180e6 and len(shards) == 5
     assert used < parameters + max(shards) + 16e6, (used, parameters, max(shards))
