@@ -91,8 +91,10 @@ def _triton(out: Tensor, x: Tensor, w_hi: Tensor, w_lo: Tensor, counters: Tensor
 
 @gemm_bf16_fp32.impl("cpu", needs=("cpu",))
 def _cpu(out: Tensor, x: Tensor, w_hi: Tensor, w_lo: Tensor, counters: Tensor | None) -> None:
-    weights = _weights(w_hi, w_lo)
-    out.copy_(x.to(weights.dtype) @ weights.t())
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # In place, where the sum of _weights would pass over memory three times.
+    weights = w_hi.to(wide, copy=True).add_(w_lo, alpha=1 / 256)
+    out.copy_(x.to(wide) @ weights.t())
 
 
 @gemm_bf16_fp32.cost

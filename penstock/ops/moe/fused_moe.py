@@ -236,14 +236,12 @@ def _triton(out: Tensor, *arguments: Any) -> None:
 
 @fused_moe.impl("cpu", needs=("cpu",))
 def _cpu(out: Tensor, x: Tensor, *others: Any) -> None:
-    *tensors, shared_output, format, _activation, expert_offset = others
-    if format is not None or x.dtype is torch.float64:
+    if x.dtype is torch.float64:
         out.copy_(_compute(x, *others))
         return
     from penstock.ops.moe.fused_moe_cpu import compute
 
-    w_gate_up, w_down, topk_ids, topk_weights = tensors[:4]
-    compute(out, x, w_gate_up, w_down, topk_ids, topk_weights, shared_output, expert_offset)
+    compute(out, x, *others)
 
 
 @fused_moe.cost
