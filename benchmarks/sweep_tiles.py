@@ -1,6 +1,7 @@
 """Times the candidate tiles of matrix products, all of them compiled beforehand by many processes.
 
     PYTHONPATH=. python benchmarks/sweep_tiles.py fused_moe:fp8_block_qwen3_30b_64 grouped_gemm:fp8_tensor_g8_m64
+    PYTHONPATH=. python benchmarks/sweep_tiles.py fused_moe/triton_few:fp8_block_qwen3_30b_1    # another implementation
     PYTHONPATH=. python benchmarks/sweep_tiles.py --device meta fused_moe:fp8_block_qwen3_30b_64     # compiles, and ends
 
     PYTHONPATH=. python benchmarks/sweep_tiles.py --freeze sweep_tiles.json     # writes what was measured into the tables
@@ -23,8 +24,15 @@ LIMIT_ERROR = 0.01
 MODULES = {
     "gemm_tuned": "penstock.ops.matmul.gemm_triton",
     "grouped_gemm_tuned": "penstock.ops.matmul.grouped_gemm_triton",
+    "gemm_bf16_fp32_few_tuned": "penstock.ops.matmul.gemm_bf16_fp32_few_triton",
     "fused_moe_tuned": "penstock.ops.moe.fused_moe_triton",
+    "fused_moe_few_tuned": "penstock.ops.moe.fused_moe_few_triton",
 }
+
+
+def impl_of(target: str) -> str:
+    """The implementation that "operator/implementation:case" names, triton by default."""
+    return target.partition(":")[0].partition("/")[2] or "triton"
 
 
 def found(target: str) -> list[tuple[Any, Any]]:
@@ -32,19 +40,20 @@ def found(target: str) -> list[tuple[Any, Any]]:
     from penstock.bench.run import catalogue
 
     name, _, words = target.partition(":")
+    name = name.partition("/")[0]
     op = catalogue()[name]
     known = [(op, case) for case in op.all_cases() if case.bench]
     exact = [(op, case) for op, case in known if case.name == words]
     return exact or [(op, case) for op, case in known if case.name.startswith(words)]
 
 
-def looked_up(op: Any, case: Any) -> list[tuple[Any, tuple[Any, ...]]]:
+def looked_up(op: Any, case: Any, impl: str) -> list[tuple[Any, tuple[Any, ...]]]:
     """The launch configs that a call looks up, found by compiling its kernels."""
     from penstock.core.cases import Make
     from penstock.core.tuning import watching
 
     with quiet_compile(), watching() as seen:
-        op(**case.build(Make("meta")), impl="triton")
+        op(**case.build(Make("meta")), impl=impl)
     return list(dict.fromkeys(seen))
 
 
@@ -62,11 +71,12 @@ def compile_one(job: tuple[str, str, int, int]) -> str:
 
     target, case_name, place, index = job
     op, case = next((op, case) for op, case in found(target) if case.name == case_name)
-    tunable, signature = looked_up(op, case)[place]
+    impl = impl_of(target)
+    tunable, signature = looked_up(op, case, impl)[place]
     config = list(tunable.candidates(*signature))[index]
     try:
         with quiet_compile(), tunable.forced(config):
-            op(**case.build(Make("meta")), impl="triton")
+            op(**case.build(Make("meta")), impl=impl)
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:200]
     return ""
@@ -107,11 +117,11 @@ def main() -> None:
         return
     began = time.monotonic()
     calls = [(target, op, case) for target in options.targets for op, case in found(target)]
-    places = {(op.name, case.name): looked_up(op, case) for _, op, case in calls}
+    places = {(target, case.name): looked_up(op, case, impl_of(target)) for target, op, case in calls}
     jobs = [
         (target, case.name, place, index)
         for target, op, case in calls
-        for place, (tunable, signature) in enumerate(places[op.name, case.name])
+        for place, (tunable, signature) in enumerate(places[target, case.name])
         for index in range(len(list(tunable.candidates(*signature))))
     ]
     with ProcessPoolExecutor(options.workers) as pool:
@@ -142,18 +152,19 @@ def main() -> None:
             print(f"{op.name} {case.name}: no time left")
             continue
         torch.cuda.empty_cache()
+        impl = impl_of(target)
         arguments = case.build(Make(device))
         cost = op.cost_of(arguments)
         floor = floor_us(cost, ceilings)
         try:
-            fault = verify(op, "triton", arguments)
+            fault = verify(op, impl, arguments)
         except Exception as error:
             fault = f"{type(error).__name__}: {error}"
         torch.cuda.empty_cache()
         print(
             f"{op.name} {case.name}: floor {floor:.1f} µs ({bound_by(cost, ceilings)}){', RED ' + fault[:300] if fault else ''}"
         )
-        ours = results(op, arguments, "triton")
+        ours = results(op, arguments, impl)
         sets = rotation(arguments, list(ours.values()), cost.bytes, device)
         peers = {}
         for name, prepare in peers_of(op).items():
@@ -164,7 +175,7 @@ def main() -> None:
                 peers[name] = made
             except Exception as error:
                 print(f"  {name}: {type(error).__name__}: {str(error)[:160]}")
-        for place, (tunable, signature) in enumerate(places[op.name, case.name]):
+        for place, (tunable, signature) in enumerate(places[target, case.name]):
             contestants: dict[str, Any] = {}
             configs = {"default": tunable.default(*signature)}
             for index, config in enumerate(tunable.candidates(*signature)):
@@ -173,7 +184,7 @@ def main() -> None:
             for name, config in configs.items():
                 try:
                     with tunable.forced(config), torch.no_grad():
-                        got = results(op, arguments, "triton")
+                        got = results(op, arguments, impl)
                     worst = max(
                         float((got[key].float() - ours[key].float()).norm() / ours[key].float().norm().clamp_min(1e-9))
                         for key in ours
@@ -184,7 +195,7 @@ def main() -> None:
                 except Exception as error:
                     print(f"  failed {config}: {type(error).__name__}: {str(error)[:160]}")
                     continue
-                contestants[name] = [_forced(op, "triton", tunable, config, chosen) for chosen in sets]
+                contestants[name] = [_forced(op, impl, tunable, config, chosen) for chosen in sets]
             series = measure({**contestants, **peers}, device, budget=options.budget)
             times = {name: one.median_us for name, one in series.items()}
             key = f"{tunable.table.stem} {tunable.key(signature)}"

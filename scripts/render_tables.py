@@ -64,6 +64,7 @@ def conditions(contents: list[Any]) -> str:
         ("driver", {environment.get("driver") for environment in environments}),
         ("torch", {environment["torch"] for environment in environments}),
         ("Triton", {environment["packages"].get("triton") for environment in environments}),
+        ("threads", {str(environment.get("threads", "")) for environment in environments}),
         ("", {environment["date"][:10] for environment in environments}),
     ):
         known = sorted(value for value in values if value)

@@ -1,6 +1,7 @@
 """Peers of the matrix products: torch's own, with their layouts and scales prepared outside the timing."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,6 +80,8 @@ def _int_mm(arguments: Arguments) -> Call | str:
 
 
 def _router(arguments: Arguments) -> Call | str:
+    if not arguments["x"].is_cuda:
+        return "is for a GPU"
     wide = arguments["x"].float()
     weight = arguments["w_hi"].float() + arguments["w_lo"].float() / 256
     return lambda: F.linear(wide, weight)
@@ -109,10 +112,55 @@ def _grouped_layer(arguments: Arguments) -> Call | str:
     return call
 
 
+def _float32(arguments: Arguments) -> Arguments | str:
+    """The arguments as float32 operands without scales, made once: what a CPU would compute without narrow formats."""
+    if arguments["x"].is_cuda:
+        return "is for a CPU"
+    format, wide = arguments.get("format"), dict(arguments)
+    for name in ("x", "w", "w_gate_up", "w_down"):
+        if name not in arguments:
+            continue
+        wide[name] = arguments[name].float()
+        scale = wide.pop(f"{name}_scale", None)
+        if scale is None or format is None:
+            continue
+        squares = format.granularity == "block" and name != "x"
+        spread = format.spread(scale, wide[name].shape, weight=squares)
+        wide[name].mul_(spread[:, None, None] if wide[name].dim() == 3 and spread.dim() == 1 else spread)
+    wide.pop("format", None)
+    return wide
+
+
+def _linear_float32(arguments: Arguments) -> Call | str:
+    wide = _float32(arguments)
+    if isinstance(wide, str):
+        return wide
+    x, bias = wide["x"], arguments.get("bias")
+    w = wide["w"] if "w" in wide else wide["w_hi"].float() + wide["w_lo"].float() / 256
+    bias = None if bias is None else bias.float()
+    return lambda: F.linear(x, w, bias)
+
+
+def _reference_float32(operator: str) -> Callable[[Arguments], Call | str]:
+    """The operator's reference on float32 operands."""
+
+    def prepare(arguments: Arguments) -> Call | str:
+        from penstock.bench.run import catalogue
+
+        wide = _float32(arguments)
+        return wide if isinstance(wide, str) else partial(catalogue()[operator], **wide, impl="reference")
+
+    return prepare
+
+
 MATMUL: dict[str, dict[str, Callable[[Arguments], Any]]] = {
-    "grouped_gemm": {"torch _grouped_mm": _grouped_mm, "torch _scaled_grouped_mm": _scaled_grouped_mm},
-    "gemm_fp8": {"torch _scaled_mm": _scaled_mm},
-    "gemm_int8": {"torch _int_mm": _int_mm},
-    "gemm_bf16_fp32": {"cuBLAS float32": _router},
-    "fused_moe": {"torch _grouped_mm": _grouped_layer},
+    "grouped_gemm": {
+        "torch _grouped_mm": _grouped_mm,
+        "torch _scaled_grouped_mm": _scaled_grouped_mm,
+        "float32 reference": _reference_float32("grouped_gemm"),
+    },
+    "gemm_fp8": {"torch _scaled_mm": _scaled_mm, "float32 F.linear": _linear_float32},
+    "gemm_int8": {"torch _int_mm": _int_mm, "float32 F.linear": _linear_float32},
+    "gemm_bf16_fp32": {"cuBLAS float32": _router, "float32 F.linear": _linear_float32},
+    "fused_moe": {"torch _grouped_mm": _grouped_layer, "float32 reference": _reference_float32("fused_moe")},
 }

@@ -9,7 +9,7 @@ from penstock.bench.timing import Call, measure
 from penstock.core.cases import Cost
 
 # Which measured rate stands for which declared one, best first.
-STAND_INS = {"fp8": ("fp8", "bf16", "float32"), "bf16": ("bf16", "float32")}
+STAND_INS = {"int8": ("int8", "fp8", "bf16", "float32"), "fp8": ("fp8", "bf16", "float32"), "bf16": ("bf16", "float32")}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Ceilings:
     notes: dict[str, str] = field(default_factory=dict)
 
     def rate(self, name: str) -> float:
-        """The matmul rate for "bf16" or "fp8" operations."""
+        """The matmul rate for "bf16", "fp8" or "int8" operations."""
         if name not in STAND_INS:
             raise ValueError(f"rate must be one of {', '.join(STAND_INS)}, got {name!r}")
         for known in STAND_INS[name]:
@@ -62,7 +62,8 @@ def measure_ceilings(device: torch.device, *, quick: bool = False, budget: float
     else:
         n = 512 if quick else 1024
         a, b = torch.randn(n, n), torch.randn(n, n)
-        jobs = {"float32": lambda: a @ b}
+        codes = torch.randint(-127, 128, (n, n), dtype=torch.int8)
+        jobs = {"float32": lambda: a @ b, "bf16": _bf16(n, device), "int8": lambda: torch._int_mm(codes, codes)}
     notes = {}
     fp8 = _fp8(n, device)
     if isinstance(fp8, str):

@@ -62,7 +62,7 @@ class Cost:
     Args:
         bytes: each input read once, each output written once.
         flops: tensor-core operations (a multiply-add is two).
-        rate: which matmul ceiling the operations run against: "bf16" or "fp8".
+        rate: which matmul ceiling the operations run against: "bf16", "fp8" or "int8".
     """
 
     bytes: int

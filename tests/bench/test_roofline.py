@@ -23,15 +23,16 @@ def test_floor_is_the_larger_of_bytes_and_operations():
 
 def test_a_missing_rate_is_stood_in_for_or_named():
     cpu = Ceilings(10e9, {"float32": 1e11})
-    assert cpu.rate("fp8") == cpu.rate("bf16") == 1e11
+    assert cpu.rate("int8") == cpu.rate("fp8") == cpu.rate("bf16") == 1e11
     with pytest.raises(ValueError, match="no matmul rate was measured for fp8; measured are none"):
         Ceilings(1e9, {}).rate("fp8")
-    with pytest.raises(ValueError, match="rate must be one of fp8, bf16, got 'int4'"):
+    with pytest.raises(ValueError, match="rate must be one of int8, fp8, bf16, got 'int4'"):
         cpu.rate("int4")
 
 
 def test_ceilings_of_this_machine():
     ceilings = measure_ceilings(torch.device("cpu"), quick=True, budget=0.05)
     assert 1e8 < ceilings.copy < 1e13
-    assert 1e8 < ceilings.matmul["float32"] < 1e15
+    for name in ("float32", "bf16", "int8"):
+        assert 1e8 < ceilings.matmul[name] < 1e15
     assert "FP8" in ceilings.notes["fp8"]

@@ -1,6 +1,7 @@
 """y = x · (w_hi + w_lo / 256)ᵀ: bfloat16 activations and weights of sixteen bits, by two products in one kernel."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from penstock.ops.matmul.tensor_core import HALF_BITS, HALF_DEPTH, cut_off
 
 RESULTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPERANDS = (torch.bfloat16, torch.float64)
+# Rows that triton_few takes: every program reads all of them.
+FEW_ROWS = 8
 
 SPEC = {
     "x": ("M K", OPERANDS),
@@ -45,7 +48,7 @@ def gemm_bf16_fp32(
         out_dtype: float32, bfloat16 or float16.
         counters: what gemm_counters returned, to save a fill; made on the spot by default.
         out: [M, N].
-        impl: "auto", "triton", "cpu" or "reference".
+        impl: "auto", "triton", "triton_few" (up to 8 rows), "cpu" or "reference".
     Returns: [M, N] in out_dtype. Products are exact and add up in float32, which tensor cores truncate.
     Raises: ContractError when shapes or dtypes disagree; NotSupported when no implementation takes the call.
     Source: Markidis et al., arXiv:1803.04014 (splitting for tensor cores); HPC-Ops, github.com/Tencent/hpc-ops.
@@ -89,10 +92,25 @@ def _triton(out: Tensor, x: Tensor, w_hi: Tensor, w_lo: Tensor, counters: Tensor
     launch(out, x, w_hi, None, None, "none", "none", kind="pair", pair=w_lo, counters=counters)
 
 
+def _few(x: Tensor, **others: Any) -> str | None:
+    if x.shape[0] > FEW_ROWS:
+        return f"{x.shape[0]} rows are more than {FEW_ROWS}"
+    return _fits(x, **others)
+
+
+@gemm_bf16_fp32.impl("triton_few", needs=("triton",), supports=_few)
+def _triton_few(out: Tensor, x: Tensor, w_hi: Tensor, w_lo: Tensor, counters: Tensor | None) -> None:
+    from penstock.ops.matmul.gemm_bf16_fp32_few_triton import launch
+
+    launch(out, x, w_hi, w_lo)
+
+
 @gemm_bf16_fp32.impl("cpu", needs=("cpu",))
 def _cpu(out: Tensor, x: Tensor, w_hi: Tensor, w_lo: Tensor, counters: Tensor | None) -> None:
-    weights = _weights(w_hi, w_lo)
-    out.copy_(x.to(weights.dtype) @ weights.t())
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # In place, where the sum of _weights would pass over memory three times.
+    weights = w_hi.to(wide, copy=True).add_(w_lo, alpha=1 / 256)
+    out.copy_(x.to(wide) @ weights.t())
 
 
 @gemm_bf16_fp32.cost

@@ -151,8 +151,24 @@ def _triton(
 
 
 @gemm_fp8.impl("cpu", needs=("cpu",))
-def _cpu(out: Tensor, *arguments: Any) -> None:
-    out.copy_(_reference(*arguments))
+def _cpu(
+    out: Tensor,
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    counters: Tensor | None,
+    format: str,
+    exact_accumulation: bool,
+) -> None:
+    if x.dtype is torch.float64:
+        out.copy_(_reference(x, w, x_scale, w_scale, bias, counters, format, exact_accumulation))
+        return
+    from penstock.ops.matmul.fp8_cpu import gemm
+
+    y = gemm(x, w, x_scale, w_scale, format, rough=out.dtype is torch.bfloat16 and not exact_accumulation)
+    out.copy_(y if bias is None else y.add_(bias))
 
 
 @gemm_fp8.cost

@@ -127,7 +127,13 @@ def _cpu(
     counters: Tensor | None,
     format: str,
 ) -> None:
-    sums = torch._int_mm(x, w.t()) if x.numel() and w.numel() else torch.zeros(out.shape, dtype=torch.int32)
+    if not (x.numel() and w.numel()):
+        sums = torch.zeros(out.shape, dtype=torch.int32)
+    elif x.shape[0] < w.shape[0]:
+        # The second operand is packed anew in each call: better the smaller one.
+        sums = torch._int_mm(w, x.t()).t()
+    else:
+        sums = torch._int_mm(x, w.t())
     y = sums.to(x_scale.dtype).mul_(x_scale[:, None]).mul_(w_scale)
     out.copy_(y if bias is None else y.add_(bias))
 
@@ -135,7 +141,7 @@ def _cpu(
 @gemm_int8.cost
 def _cost(x: Tensor, w: Tensor, out_dtype: torch.dtype = torch.bfloat16, **options: object) -> Cost:
     (M, K), N = x.shape, w.shape[0]
-    return Cost(bytes=nbytes(x, w) + M * N * out_dtype.itemsize, flops=2 * M * N * K, rate="fp8")
+    return Cost(bytes=nbytes(x, w) + M * N * out_dtype.itemsize, flops=2 * M * N * K, rate="int8")
 
 
 @gemm_int8.cases

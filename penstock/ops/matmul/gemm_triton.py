@@ -4,14 +4,16 @@ The parts of one tile are counted in an integer that the last program sets back 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from penstock.core.device import num_sms
+from penstock.core.device import has_dependent_launch, num_sms
 from penstock.core.tuning import tuned
 from penstock.ops.matmul.counters import COUNTERS
 from penstock.ops.matmul.tile_triton import (
@@ -32,9 +34,14 @@ PROGRAMS_PER_SM = 2
 
 @dataclass(frozen=True)
 class GemmConfig(TileConfig):
-    """A tile, and how many parts K may be divided into so that every multiprocessor has work."""
+    """A tile, and how many parts K may be divided into so that every multiprocessor has work.
+
+    Args:
+        early: on Hopper the kernel is brought to the device while the one before it still runs, and lets the next one come.
+    """
 
     max_splits: int = 1
+    early: bool = False
 
 
 def candidates(kind: str, rows: int, N: int, K: int) -> Iterator[GemmConfig]:
@@ -51,6 +58,7 @@ def candidates(kind: str, rows: int, N: int, K: int) -> Iterator[GemmConfig]:
             if kind == "pair":
                 yield GemmConfig(64, 16, step, 4, 4, False, True, max_splits)
                 yield GemmConfig(64, 32, step, 4, 4, False, True, max_splits)
+        yield from _early_candidates(kind, rows, N, K)
         return
     for block_m, block_n, warps, stages in ((128, 128, 8, 4), (128, 128, 8, 3), (64, 128, 4, 4), (64, 128, 4, 3)):
         yield GemmConfig(block_m, block_n, step, warps, stages, False, True)
@@ -58,6 +66,22 @@ def candidates(kind: str, rows: int, N: int, K: int) -> Iterator[GemmConfig]:
             yield GemmConfig(block_m, block_n, step, warps, stages, False, True, 4)
     if kind in ("fp8", "int8"):
         yield GemmConfig(128, 256, step, 8, 3, False, True)
+
+
+def _early_candidates(kind: str, rows: int, N: int, K: int) -> Iterator[GemmConfig]:
+    """The default launched early; then tiles so narrow that every multiprocessor has one and no parts are left to add."""
+    default = configure.default(kind, rows, N, K)
+    yield replace(default, early=True)
+    if kind == "pair":
+        for max_splits in (4, 8, 11, 16):
+            for block_k in (64, 128):
+                yield GemmConfig(64, 16, block_k, 4, 4, False, True, max_splits, early=True)
+        return
+    if rows <= 64:
+        for block_k in (128,) if kind == "fp8_block" else (128, 256):
+            for stages in (4, 6):
+                for early in (False, True):
+                    yield GemmConfig(64, 32, block_k, 4, stages, False, True, 1, early)
 
 
 @tuned(candidates)
@@ -146,7 +170,11 @@ def _gemm_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BAND: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     tile = tl.program_id(0)
     split = tl.program_id(1)
     tile_m, tile_n = walk(tile, tiles_m, tiles_n, BAND)
@@ -238,6 +266,8 @@ def launch(
         size = tiles_m * tiles_n * splits * config.block_m * config.block_n
         parts = torch.empty(size, dtype=torch.int32 if x.dtype is torch.int8 else torch.float32, device=x.device)
         counters = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device) if counters is None else counters
+    early = config.early and has_dependent_launch(x.device)
+    options: dict[str, Any] = {"launch_pdl": True} if early else {}
     _gemm_kernel[(tiles_m * tiles_n, splits)](
         out,
         x,
@@ -273,6 +303,8 @@ def launch(
         BN=config.block_n,
         BK=config.block_k,
         BAND=BAND,
+        EARLY=early,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **options,
     )

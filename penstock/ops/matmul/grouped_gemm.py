@@ -213,14 +213,27 @@ def _cpu(
     exact_accumulation: bool,
 ) -> None:
     """torch's product for each group, in the operands' dtype where that is the result's too."""
-    if format is not None or out.dtype is not x.dtype:
+    coded = x.dtype is torch.float8_e4m3fn
+    if x.dtype is torch.float64 or not (coded or out.dtype is x.dtype):
         out.copy_(_reference(x, w, group_offsets, x_scale, w_scale, gather, format, exact_accumulation))
         return
+    from penstock.ops.matmul.fp8_cpu import gemm
+
     ends = group_offsets.tolist()
     out[ends[-1] :] = 0
+    rough = out.dtype is torch.bfloat16 and not exact_accumulation
     for expert, (start, stop) in enumerate(pairwise(ends)):
-        if stop > start:
+        if stop == start:
+            continue
+        if format is None or x_scale is None or w_scale is None:
             out[start:stop] = _rows(x, gather, start, stop) @ w[expert].t()
+        else:
+            codes = _rows(x.view(torch.int8), gather, start, stop).view(x.dtype)
+            scale = x_scale
+            if format != "FP8_TENSOR":
+                table = x_scale if x_scale.dim() == 2 else x_scale[:, None]
+                scale = _rows(table, gather, start, stop).view(stop - start, *x_scale.shape[1:])
+            out[start:stop] = gemm(codes, w[expert], scale, expert_scale(w_scale, expert, len(w), format), format, rough)
 
 
 @grouped_gemm.cost

@@ -18,6 +18,8 @@ OPERANDS = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.f
 RESULTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_EXPERTS = 512
 MAX_TOP_K = 64
+# Slots that triton_few takes: each reads its expert's weights anew, out of the L2 where it can.
+FEW_SLOTS = 16
 
 SPEC = {
     "x": ("T H", OPERANDS),
@@ -82,7 +84,7 @@ def fused_moe(
         expert_offset: the id of the first expert in the weights.
         shared_output: [T, H] in the result's dtype, added in float32 before the sum is rounded.
         out: [T, H]; not shared_output itself.
-        impl: "auto", "triton", "cpu" or "reference".
+        impl: "auto", "triton", "triton_few" (up to 16 slots), "cpu" or "reference".
     Returns: [T, H] in x.dtype, bfloat16 for FP8.
     Raises: ContractError when shapes, dtypes or scales disagree; NotSupported when no implementation takes the call.
     Source: Shazeer et al., arXiv:1701.06538; Gale et al., arXiv:2211.15841; DeepSeek-AI, arXiv:2412.19437 (FP8 by blocks).
@@ -234,16 +236,27 @@ def _triton(out: Tensor, *arguments: Any) -> None:
     launch(out, *arguments)
 
 
+def _few(x: Tensor, topk_ids: Tensor, **others: Any) -> str | None:
+    if topk_ids.numel() > FEW_SLOTS:
+        return f"{topk_ids.numel()} slots are more than {FEW_SLOTS}"
+    return _fits(x, **others)
+
+
+@fused_moe.impl("triton_few", needs=("triton",), supports=_few)
+def _triton_few(out: Tensor, *arguments: Any) -> None:
+    from penstock.ops.moe.fused_moe_few_triton import launch
+
+    launch(out, *arguments)
+
+
 @fused_moe.impl("cpu", needs=("cpu",))
 def _cpu(out: Tensor, x: Tensor, *others: Any) -> None:
-    *tensors, shared_output, format, _activation, expert_offset = others
-    if format is not None or x.dtype is torch.float64:
+    if x.dtype is torch.float64:
         out.copy_(_compute(x, *others))
         return
     from penstock.ops.moe.fused_moe_cpu import compute
 
-    w_gate_up, w_down, topk_ids, topk_weights = tensors[:4]
-    compute(out, x, w_gate_up, w_down, topk_ids, topk_weights, shared_output, expert_offset)
+    compute(out, x, *others)
 
 
 @fused_moe.cost
