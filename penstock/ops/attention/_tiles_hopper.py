@@ -13,6 +13,8 @@ from penstock.core.gluon import gl, gluon
 # Requests looked at together by the one warp that deals out tiles.
 REQUESTS = gl.constexpr(64)
 ABOVE_ALL = gl.constexpr(1 << 30)
+# Queries and keys that one element of a block mask stands for.
+MASK_BLOCK = gl.constexpr(128)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Tile:
         reuse: results leave through the shared memory of the queries.
         pingpong: warpgroups take turns at the tensor cores.
         token_scales: FP8 keys have a scale each.
+        has_blocks: a block mask says which blocks of keys a tile walks.
     """
 
     kind: str
@@ -53,6 +56,7 @@ class Tile:
     has_right: bool
     has_cap: bool
     token_scales: bool
+    has_blocks: bool
 
     @property
     def itemsize(self) -> int:
@@ -241,6 +245,22 @@ def steps_of(first, full_first, full_end, end):
     whole = gl.maximum(gl.minimum(full_end, end - 1) - full_first, 0)
     cut_left = end - 1 - first - cut_right - whole
     return cut_right, whole, cut_left
+
+
+@gluon.jit
+def listed_before(before, block, columns, C: gl.constexpr):
+    """How many blocks of keys stand before this one in the list of a row of the mask."""
+    PER: gl.constexpr = MASK_BLOCK // C.block_n
+    count = gl.load(before + gl.minimum(block // PER, columns))
+    following = gl.load(before + gl.minimum(block // PER + 1, columns))
+    return count * PER + (following - count) * (block % PER)
+
+
+@gluon.jit
+def listed_at(listed, place, there, C: gl.constexpr):
+    """The block of keys at this place of a row's list, if there is one."""
+    PER: gl.constexpr = MASK_BLOCK // C.block_n
+    return gl.load(listed + place // PER, there, other=0) * PER + place % PER
 
 
 @gluon.jit

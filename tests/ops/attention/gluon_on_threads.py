@@ -427,6 +427,7 @@ gl = SimpleNamespace(
     num_programs=lambda axis: Scalar(HERE.count),
     arange=lambda begin, end, layout=None: Block(torch.arange(begin, end)),
     zeros=lambda shape, dtype, layout=None: Block(torch.zeros(shape, dtype=dtype)),
+    full=lambda shape, value, dtype, layout=None: Block(torch.full(shape, value, dtype=dtype)),
     expand_dims=lambda block, axis: Block(block.data.unsqueeze(axis), block.memory),
     permute=lambda block, order: Block(block.data.permute(order)),
     reshape=lambda block, shape: Block(block.data.reshape(shape), block.memory),
