@@ -49,7 +49,7 @@ def dealt_descriptor(keys: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
 def turned_descriptor(values: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
     """[page and head, column, slot] of values [P, S, Hkv, Dv] whose slots are next to each other; also the steps of a page."""
     heads, head, page = _page_steps(values)
-    layout = gl.NVMMASharedLayout(128, tile.bits, rank=3)
+    layout = gl.NVMMASharedLayout(tile.values_swizzle, tile.bits, rank=3)
     shape, box = [heads, values.shape[3], values.shape[1]], [1, tile.dv, tile.block_n]
     return TensorDescriptor(values, shape, [head, stride(values, 3), 1], box, layout), page
 
@@ -100,7 +100,7 @@ def _keys_as_pieces(buffer, WIDTH: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def _values_as_pieces(buffer, C: gl.constexpr):
     if C.kind == "fp8":
-        layout: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=3)
+        layout: gl.constexpr = gl.NVMMASharedLayout(C.values_swizzle, 8, rank=3)
         pieces = reinterpret(buffer, buffer.dtype, [C.stages, 1, C.dv, C.block_n], layout)
     else:
         pieces = _keys_as_pieces(buffer, C.dv, C)

@@ -89,16 +89,25 @@ def _multiply_keys(buffers, kc, part, C: gl.constexpr):
 def _values(buffers, vc, C: gl.constexpr):
     """The block of values as the right operand; FP8's lie turned, as its products need them."""
     if C.kind == "fp8":
-        v = _matrix(buffers[4], vc % C.stages, C.dv, C.block_n, C.bits).permute((1, 0))
+        layout: gl.constexpr = gl.NVMMASharedLayout(C.values_swizzle, 8, rank=2)
+        v = reinterpret(buffers[4].index(vc % C.stages), buffers[4].dtype, [C.dv, C.block_n], layout).permute((1, 0))
     else:
         v = _matrix(buffers[4], vc % C.stages, C.block_n, C.dv, C.bits)
     return v
 
 
 @gluon.jit
+def _multiply_values(p, buffers, vc, o, C: gl.constexpr):
+    """Starts weights · values of block vc."""
+    if C.codes:
+        p = softmax.unpacked(p, C)
+    return warpgroup_mma(p, _values(buffers, vc, C), o, is_async=True)
+
+
+@gluon.jit
 def _finished(o_running, p, OUTSTANDING: gl.constexpr, C: gl.constexpr):
     """The result, when at most so many later products run; its weights live until then, which 8-bit registers cannot say."""
-    if C.kind == "fp8":
+    if C.kind == "fp8" and not C.codes:
         o = warpgroup_mma_wait(num_outstanding=OUTSTANDING, deps=(o_running,))
     else:
         o, p = warpgroup_mma_wait(num_outstanding=OUTSTANDING, deps=(o_running, p))
@@ -122,7 +131,7 @@ def _clean_values(buffers, vc, keys, C: gl.constexpr):
     Every warpgroup cleans for itself; what the others write meanwhile is the same.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
-    shared: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=2)
+    shared: gl.constexpr = gl.NVMMASharedLayout(C.values_swizzle, 8, rank=2)
     codes = reinterpret(buffers[4].index(vc % C.stages), gl.int8, [C.dv, C.block_n], shared)
     column = gl.arange(0, C.block_n, layout=gl.SliceLayout(0, layout))
     codes.store(gl.where((column < keys)[None, :], codes.load(layout), 0).to(gl.int8))
@@ -146,19 +155,21 @@ def _step(state, buffers, bars, kc, part, more, own_first, n0, k_len, scalars, c
         _take_turn(consumer)
     s_running = _multiply_keys(buffers, kc, part, C)
     load.filled(v_full, vc, True, C.stages)
-    p = softmax.taken(p, C)
-    o_running = warpgroup_mma(p, _values(buffers, vc, C), o, is_async=True)
+    if not C.codes:
+        p = softmax.taken(p, C)
+    o_running = _multiply_values(p, buffers, vc, o, C)
     if C.pingpong:
         _give_turn((consumer + 1) % C.consumers)
     s = warpgroup_mma_wait(num_outstanding=1, deps=(s_running,))
     s = _scores(s, buffers, kc, cap_scale, C)
-    if C.has_blocks:
-        if MASKED:
-            n0 = load.block_held(buffers[6].index(kc % C.stages)) * C.block_n
+    if C.has_blocks and MASKED:
+        n0 = load.block_held(buffers[6].index(kc % C.stages)) * C.block_n
     mbarrier.arrive(k_empty.index(kc % C.stages), count=1)
     if MASKED:
         s = softmax.masked(s, own_first, n0, k_len, left, right, C)
     weights, m, l, alpha = softmax.advance(s, m, l, score_scale, MASKED, C)
+    if C.codes:
+        weights = softmax.rounded(weights, C)
     load.filled(k_full, kc + 1, more, C.stages)
     o = _finished(o_running, p, 0, C)
     mbarrier.arrive(v_empty.index(vc % C.stages), count=1)
@@ -232,6 +243,8 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
         mbarrier.arrive(k_empty.index(kc % C.stages), count=1)
         s = softmax.masked(s, own_first, (stop - 1) * C.block_n, k_len, left, right, C)
         weights, m, l = softmax.begin(s, scalars[3], C)
+        if C.codes:
+            weights = softmax.rounded(weights, C)
         p = softmax.held(weights, C)
         o = gl.zeros([C.rows, C.dv], gl.float32, layout=C.result_layout)
         if C.kind == "fp8" and stop * C.block_n > k_len:
@@ -261,8 +274,9 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
 
         vc = kc - 1
         load.filled(v_full, vc, True, C.stages)
-        p = softmax.taken(p, C)
-        o_running = warpgroup_mma(p, _values(buffers, vc, C), o, is_async=True)
+        if not C.codes:
+            p = softmax.taken(p, C)
+        o_running = _multiply_values(p, buffers, vc, o, C)
         sink = gl.load(sinks_ptr + own_head, own_head < num_sinks, other=float("-inf")).to(gl.float32) * softmax.LOG2E
         factor, lse = softmax.finish(m, l, scalars[3], sink, C)
         factor *= value_scale
@@ -294,22 +308,8 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
         note = following
         step += 1
     if consumer == 0:
-        _clear(out_ptr, lse_ptr, cu_seqlens_q, num_requests, num_rows, heads, has_lse, out_token, out_head, out_width, C)
+        tiles.clear(out_ptr, lse_ptr, cu_seqlens_q, num_requests, num_rows, heads, has_lse, out_token, out_head, out_width, C)
     tma_store_wait(0)
-
-
-@gluon.jit
-def _clear(out_ptr, lse_ptr, cu_seqlens_q, num_requests, num_rows, heads, has_lse, out_token, out_head, out_width,
-           C: gl.constexpr):  # fmt: skip
-    """Zero and -inf for the rows after the last request."""
-    column = gl.arange(0, C.dv, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    zero = gl.zeros([C.dv], out_ptr.dtype.element_ty, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    begin = gl.load(cu_seqlens_q + num_requests)
-    for row in range(begin + gl.program_id(0), num_rows, gl.num_programs(0)):
-        for head in range(heads):
-            at = out_ptr + gl.cast(row, gl.int64) * out_token + head * out_head
-            gl.store(at + column, zero, column < out_width)
-            gl.store(lse_ptr + gl.cast(row, gl.int64) * heads + head, float("-inf"), has_lse > 0)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -379,7 +379,7 @@ def _prefill_kernel(
     blocks = ()
     if C.has_blocks:
         walked = gl.allocate_shared_memory(gl.int32, [C.stages, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        blocks = (listed, before, mask_rows, mask_columns)
+        blocks = (listed, before, mask_rows, mask_columns)  # type: ignore[assignment]
     q_full = gl.allocate_shared_memory(gl.int64, [C.q_stages, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [C.q_stages, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
@@ -428,12 +428,17 @@ def _prefill_kernel(
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Launch configuration: warpgroups of 64 rows, keys of a block, blocks in flight, whether warpgroups take turns."""
+    """Launch configuration: warpgroups of 64 rows, keys of a block, blocks in flight, whether warpgroups take turns.
+
+    `codes` and `chains` as in Tile; they await measurement.
+    """
 
     consumers: int
     block_n: int
     stages: int
     pingpong: bool
+    codes: bool = False
+    chains: bool = False
 
 
 def candidates(d: int, dv: int, causal: bool, window: bool, blocks: bool, itemsize: int) -> Iterator[HopperConfig]:
@@ -445,7 +450,9 @@ def candidates(d: int, dv: int, causal: bool, window: bool, blocks: bool, itemsi
             for pingpong in (True, False):
                 for stages in (2, 3, 4):
                     config = HopperConfig(consumers, block_n, stages, pingpong)
-                    if shape_of(d, dv, config).shared <= SHARED and (itemsize == 2 or (consumers, block_n) == (2, 128)):
+                    if itemsize == 1:
+                        config = replace(config, codes=True, chains=True)
+                    if shape_of(d, dv, config, kind="fp8" if itemsize == 1 else "bf16").shared <= SHARED:
                         yield config
 
 
@@ -534,6 +541,8 @@ def launch(
         token_scales=k_scale is not None and k_scale.dim() == 3,
         has_blocks=masked,
     )
+    if config.codes and not fp8:
+        raise ValueError(f"codes are of FP8 weights, got {config} for {KINDS[q.dtype]}")
     blocks: tuple[Any, ...] = (None,) * 4
     if block_mask is not None:
         if tile.tokens != tiles.MASK_BLOCK.value:

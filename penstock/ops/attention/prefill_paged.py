@@ -93,8 +93,8 @@ def attention_prefill_paged(
             128 queries and 128 keys of a request that it stands for do not meet. Tiles are skipped.
         return_lse: also return the log-sum-exp.
         out: [Tq, Hq, Dv] in q.dtype; for FP8 queries bfloat16, float16 or float32.
-        impl: "auto", "hopper", "triton", "hopper_blocks", "cpu" or "reference"; with a block mask the Hopper kernel has not been
-            measured yet and must be asked for as "hopper_blocks".
+        impl: "auto", "hopper", "triton", "hopper_blocks", "cpu" or "reference"; with a block mask the Hopper kernel awaits
+            measurement and must be asked for as "hopper_blocks".
     FP8 queries and keys are multiplied as they are; a weight exp(s - m) is stored as e4m3(256 · exp(s - m)) against the running
     maximum m, and the denominator sums what is not rounded.
 

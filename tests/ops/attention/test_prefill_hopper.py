@@ -147,7 +147,10 @@ def test_head_dims(emulated, D, Dv, reuse):
 @pytest.mark.parametrize("d", [64, 128, 192, 256])
 @pytest.mark.parametrize("dv", [64, 128, 256])
 def test_configs_fit_in_shared_memory(d, dv):
-    for config in (prefill_hopper.configure(d, dv, True, False, False, 2), *prefill_hopper.candidates(d, dv, True, False, False, 2)):
+    for config in (
+        prefill_hopper.configure(d, dv, True, False, False, 2),
+        *prefill_hopper.candidates(d, dv, True, False, False, 2),
+    ):
         assert prefill_hopper.shape_of(d, dv, config).shared <= prefill_hopper.SHARED
 
 
@@ -235,8 +238,15 @@ def test_rows_of_a_mask_without_a_block(emulated):
 def test_block_masks_ask_for_tiles_of_128_queries(emulated):
     emulated()
     drawn = _cases.paged_prefill("blocks", [(130, 130)], 2, 1, 64, with_blocks=0.5).build(Make())
-    with pytest.raises(ValueError, match="must hold 128 queries, .* holds 192"):
+    with pytest.raises(ValueError, match=r"must hold 128 queries, .* holds 192"):
         call(attention_prefill_paged, drawn, prefill_hopper.HopperConfig(3, 64, 2, True), "hopper_blocks")
+
+
+def test_codes_are_of_fp8_weights(emulated):
+    emulated()
+    drawn = _cases.prefill("plain", [(9, 9)], 2, 1, 64).build(Make())
+    with pytest.raises(ValueError, match=r"codes are of FP8 weights, got .* for bf16"):
+        call(attention_prefill, drawn, prefill_hopper.HopperConfig(2, 128, 2, True, codes=True))
 
 
 def test_auto_leaves_block_masks_to_the_measured_kernel(monkeypatch):
@@ -254,6 +264,25 @@ def test_auto_leaves_block_masks_to_the_measured_kernel(monkeypatch):
     assert chosen("hopper_blocks", masked) == "hopper_blocks"
     with pytest.raises(NotSupported, match="there is no block_mask"):
         chosen("hopper_blocks", plain)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        prefill_hopper.HopperConfig(2, 128, 3, True, codes=True),
+        prefill_hopper.HopperConfig(2, 128, 4, False, codes=True, chains=True),
+        prefill_hopper.HopperConfig(3, 64, 4, True, codes=True, chains=True),
+        prefill_hopper.HopperConfig(2, 64, 4, True, chains=True),
+    ],
+    ids=str,
+)
+def test_fp8_configs(emulated, config):
+    emulated()
+    fp8 = {"dtype": FP8, "with_scales": "token", "transposed": True, "page_size": 128}
+    drawn = _cases.paged_prefill("fp8", [(9, 9), (200, 330), (0, 20), (3, 0)], 2, 1, 64, **fp8, softcap=5.0).build(Make())
+    found = check(attention_prefill_paged, drawn, config)
+    if config.block_n == 128 and config.consumers == 2:
+        assert torch.equal(found, call(attention_prefill_paged, drawn)[0])
 
 
 def test_what_the_accelerator_cannot_address_is_refused():
