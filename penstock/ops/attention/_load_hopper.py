@@ -49,7 +49,7 @@ def dealt_descriptor(keys: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
 def turned_descriptor(values: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
     """[page and head, column, slot] of values [P, S, Hkv, Dv] whose slots are next to each other; also the steps of a page."""
     heads, head, page = _page_steps(values)
-    layout = gl.NVMMASharedLayout(128, tile.bits, rank=3)
+    layout = gl.NVMMASharedLayout(tile.values_swizzle, tile.bits, rank=3)
     shape, box = [heads, values.shape[3], values.shape[1]], [1, tile.dv, tile.block_n]
     return TensorDescriptor(values, shape, [head, stride(values, 3), 1], box, layout), page
 
@@ -100,7 +100,7 @@ def _keys_as_pieces(buffer, WIDTH: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def _values_as_pieces(buffer, C: gl.constexpr):
     if C.kind == "fp8":
-        layout: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=3)
+        layout: gl.constexpr = gl.NVMMASharedLayout(C.values_swizzle, 8, rank=3)
         pieces = reinterpret(buffer, buffer.dtype, [C.stages, 1, C.dv, C.block_n], layout)
     else:
         pieces = _keys_as_pieces(buffer, C.dv, C)
@@ -120,12 +120,15 @@ def _emptied(empty, turn, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _post(mail, row, q_len, k_len, q_end, head):
-    """Tells the consumers about a tile; row -1 ends their work."""
+def _post(mail, row, q_len, k_len, q_end, head, walk, C: gl.constexpr):
+    """Tells the consumers about a tile; row -1 ends their work. `walk` says which blocks of a mask's list are seen whole."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     index = gl.arange(0, 8, layout=layout)
     note = gl.where(index == 1, q_len, gl.where(index == 0, row, head))
     note = gl.where(index == 2, k_len, gl.where(index == 3, q_end, note))
+    if C.has_blocks:
+        full_first, full_end, end = walk
+        note = gl.where(index == 5, full_first, gl.where(index == 6, full_end, gl.where(index == 7, end, note)))
     mail.store(note)
     thread_barrier()
 
@@ -141,7 +144,23 @@ def read(mail):
     k_len = gl.sum(gl.where(index == 2, note, 0), axis=0)
     q_end = gl.sum(gl.where(index == 3, note, 0), axis=0)
     head = gl.sum(gl.where(index == 4, note, 0), axis=0)
-    return row, q_len, k_len, q_end, head
+    full_first = gl.sum(gl.where(index == 5, note, 0), axis=0)
+    full_end = gl.sum(gl.where(index == 6, note, 0), axis=0)
+    end = gl.sum(gl.where(index == 7, note, 0), axis=0)
+    return row, q_len, k_len, q_end, head, full_first, full_end, end
+
+
+@gluon.jit
+def _post_block(walked, block):
+    """Tells the consumers which block of keys a stage holds."""
+    walked.store(gl.full([1], 0, gl.int32, layout=gl.BlockedLayout([1], [32], [1], [0])) + block)
+    thread_barrier()
+
+
+@gluon.jit
+def block_held(walked):
+    """What _post_block wrote."""
+    return gl.sum(walked.load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
 
 
 @gluon.jit
@@ -193,10 +212,10 @@ def _place(source, first, C: gl.constexpr):
 def produce(args, C: gl.constexpr):
     """Deals out the tiles of this program and fetches for them, until there are none."""
     (descs, buffers, bars, mail, cu_seqlens_q, lengths, table_ptr, table_row, page_steps, num_requests, heads, section,
-     kv_group, left, right) = args  # fmt: skip
+     kv_group, left, right, blocks) = args  # fmt: skip
     q_desc, k_desc, v_desc, scale_desc = descs
     k_pages, v_pages, scale_pages = page_steps
-    q_buf, q_tail, k_buf, k_tail, v_buf, scale_buf = buffers
+    q_buf, q_tail, k_buf, k_tail, v_buf, scale_buf, walked = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     SCALE_BYTES: gl.constexpr = C.block_n * 4 if C.token_scales else 0
     KEY_BYTES: gl.constexpr = C.block_n * (C.d + C.tail) * C.itemsize + SCALE_BYTES
@@ -233,14 +252,28 @@ def produce(args, C: gl.constexpr):
         q_stage = step % C.q_stages
         if (head >= heads) | (section_tiles == 0):
             _emptied(q_empty, step, C.q_stages)
-            _post(mail.index(q_stage), -1, 0, 0, 0, 0)
+            _post(mail.index(q_stage), -1, 0, 0, 0, 0, (0, 0, 0), C)
             mbarrier.arrive(q_full.index(q_stage), count=2)
             running = gl.to_tensor(0)
         else:
             request, lowest = tiles.request_at(cu_seqlens_q, lengths, num_requests, level, pair - base, C)
             q_begin, q_len, k_begin, k_len = tiles.lengths_at(cu_seqlens_q, lengths, request, True, C)
             row = (level - lowest) * C.tokens
-            first, _, _, end = tiles.key_range(row, q_len, k_len, left, right, C)
+            first, full_first, full_end, end = tiles.key_range(row, q_len, k_len, left, right, C)
+            if C.has_blocks:
+                listed, before, mask_rows, columns = blocks
+                mask_row = (request * heads + head).to(gl.int64) * mask_rows + row // tiles.MASK_BLOCK
+                listed += mask_row * columns
+                before += mask_row * (columns + 1)
+                skipped = tiles.listed_before(before, first, columns, C)
+                full_first = tiles.listed_before(before, full_first, columns, C) - skipped
+                full_end = tiles.listed_before(before, full_end, columns, C) - skipped
+                end = tiles.listed_before(before, end, columns, C) - skipped
+                first = gl.to_tensor(0)
+                # Where no block is left the consumers are given one, of a request without keys.
+                met = end > 0
+                k_len = gl.where(met, k_len, 0)
+                end = gl.maximum(end, 1)
             low = gl.maximum(row + k_len - q_len - left, 0)
             table = table_ptr + request.to(gl.int64) * table_row
             keys = (table, k_pages, head // kv_group, k_begin, k_len, low)
@@ -251,8 +284,13 @@ def produce(args, C: gl.constexpr):
                 if block < end - first:
                     stage = kc % C.stages
                     _emptied(k_empty, kc, C.stages)
+                    if C.has_blocks:
+                        listed_block = tiles.listed_at(listed, skipped + end - 1 - block, met, C)
+                        _post_block(walked.index(stage), listed_block)
                     mbarrier.expect(k_full.index(stage), KEY_BYTES)
                     key = (end - 1 - block) * C.block_n
+                    if C.has_blocks:
+                        key = listed_block * C.block_n
                     if C.kind == "fp8":
                         page, slot = _place(keys, key, C)
                         for half in gl.static_range(2):
@@ -269,7 +307,8 @@ def produce(args, C: gl.constexpr):
                 if block == 0:
                     # After the keys: the memory of the queries may be in use for longer.
                     _emptied(q_empty, step, C.q_stages)
-                    _post(mail.index(q_stage), row, q_len, k_len, q_begin + q_len, head)
+                    walk = (full_first, full_end, end)
+                    _post(mail.index(q_stage), row, q_len, k_len, q_begin + q_len, head, walk, C)
                     mbarrier.arrive(q_full.index(q_stage), count=1)
                     mbarrier.expect(q_full.index(q_stage), QUERY_BYTES)
                     bar = q_full.index(q_stage)
@@ -281,6 +320,8 @@ def produce(args, C: gl.constexpr):
                     _emptied(v_empty, vc, C.stages)
                     mbarrier.expect(v_full.index(stage), VALUE_BYTES)
                     key = (end - block) * C.block_n
+                    if C.has_blocks:
+                        key = tiles.listed_at(listed, skipped + end - block, met, C) * C.block_n
                     if C.kind == "fp8":
                         page, slot = _place(values, key, C)
                         tma_load(v_desc, [page, 0, slot], v_full.index(stage), v_pieces.index(stage))

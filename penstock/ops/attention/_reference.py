@@ -8,16 +8,20 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 # Queries and keys that one element of a block mask stands for.
 MASK_BLOCK = 128
+# Scores, and values of keys repeated for their heads, of one piece of a large request: 128 MiB in float64. Some eight of
+# these exist at once.
+PIECE = 1 << 24
 
 # (q [n, Hq, D], k [m, Hkv, D], v [m, Hkv, Dv], visible [n, m], scale, softcap, sinks) -> out [n, Hq, Dv], lse [n, Hq]
 Attend = Callable[..., tuple[Tensor, Tensor]]
 
 
-def visible_keys(q_len: int, k_len: int, left: int, right: int, device: torch.device) -> Tensor:
-    """[q_len, k_len] bool: which keys each query sees; the last query stands on the last key."""
+def visible_keys(q_len: int, k_len: int, left: int, right: int, device: torch.device, rows: slice | None = None) -> Tensor:
+    """[q_len, k_len] bool: which keys each query, or each of some rows, sees; the last query stands on the last key."""
+    begin, end = (0, q_len) if rows is None else (rows.start, rows.stop)
     keys = torch.arange(k_len, device=device)[None, :]
-    own = torch.arange(k_len - q_len, k_len, device=device)[:, None]
-    visible = torch.ones(q_len, k_len, dtype=torch.bool, device=device)
+    own = torch.arange(k_len - q_len + begin, k_len - q_len + end, device=device)[:, None]
+    visible = torch.ones(end - begin, k_len, dtype=torch.bool, device=device)
     if left >= 0:
         visible = visible & (keys >= own - left)
     if right >= 0:
@@ -104,11 +108,27 @@ def _seen(visible: Tensor) -> Tensor:
     return visible.flatten(0, -2).any(0)[:, None, None]
 
 
-def allowed_pairs(block_mask: Tensor, q_len: int, k_len: int) -> Tensor:
-    """[Hq, q_len, k_len] bool of one request, from its block mask [Hq, query blocks, key blocks]."""
-    rows = torch.arange(q_len, device=block_mask.device) // MASK_BLOCK
+def allowed_pairs(block_mask: Tensor, q_len: int, k_len: int, rows: slice | None = None) -> Tensor:
+    """[Hq, q_len, k_len] bool of one request, or of some of its rows, from its block mask [Hq, query blocks, key blocks]."""
+    begin, end = (0, q_len) if rows is None else (rows.start, rows.stop)
+    queries = torch.arange(begin, end, device=block_mask.device) // MASK_BLOCK
     keys = torch.arange(k_len, device=block_mask.device) // MASK_BLOCK
-    return block_mask[:, rows[:, None], keys[None, :]] != 0
+    return block_mask[:, queries[:, None], keys[None, :]] != 0
+
+
+def _pieces(q_len: int, k_len: int, Hq: int, Hkv: int, D: int) -> Iterator[tuple[slice, slice, slice]]:
+    """(rows, heads, heads of keys) of one request: all at once, or as many heads of one of keys and rows as PIECE holds."""
+    if Hq * k_len * max(q_len, D) <= PIECE:
+        yield slice(0, q_len), slice(0, Hq), slice(0, Hkv)
+        return
+    group = Hq // Hkv
+    count = max(1, min(group, PIECE // (k_len * D)))
+    step = max(1, PIECE // (count * k_len))
+    for kv_head in range(Hkv):
+        for first in range(kv_head * group, (kv_head + 1) * group, count):
+            heads = slice(first, min(first + count, (kv_head + 1) * group))
+            for begin in range(0, q_len, step):
+                yield slice(begin, min(begin + step, q_len)), heads, slice(kv_head, kv_head + 1)
 
 
 def dequantized(
@@ -145,19 +165,21 @@ def over_requests(
 ) -> tuple[Tensor, Tensor]:
     """Applies `attend` to each request, given as (its rows of q, its k, its v); rows of no request are zero, -inf.
 
-    The result is of `dtype`, by default that of q.
+    The result is of `dtype`, by default that of q. A large request is taken in pieces, which bounds the memory.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(*q.shape[:2], Dv, dtype=dtype or q.dtype, device=q.device)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=wide, device=q.device)
     right = 0 if causal else window_right
-    for b, (rows, k, v) in enumerate(requests):
-        q_len, k_len = rows.stop - rows.start, k.shape[0]
-        visible = visible_keys(q_len, k_len, window_left, right, q.device)
-        if block_mask is not None:
-            visible = visible & allowed_pairs(block_mask[b], q_len, k_len)
-        result, logs = attend(q[rows], k, v, visible, scale, softcap, sinks)
-        out[rows], lse[rows] = result.to(out.dtype), logs.to(wide)
+    for b, (own, k, v) in enumerate(requests):
+        q_len, k_len = own.stop - own.start, k.shape[0]
+        for rows, heads, kv_heads in _pieces(q_len, k_len, q.shape[1], k.shape[1], max(q.shape[2], Dv)):
+            visible = visible_keys(q_len, k_len, window_left, right, q.device, rows)
+            if block_mask is not None:
+                visible = visible & allowed_pairs(block_mask[b, heads], q_len, k_len, rows)
+            piece = q[own][rows, heads], k[:, kv_heads], v[:, kv_heads]
+            result, logs = attend(*piece, visible, scale, softcap, None if sinks is None else sinks[heads])
+            out[own][rows, heads], lse[own][rows, heads] = result.to(out.dtype), logs.to(wide)
     return out, lse
 
 

@@ -48,6 +48,17 @@ def partial_sum(p, C: gl.constexpr):
 
 
 @gluon.jit
+def highest(s, C: gl.constexpr):
+    """The maximum of each row."""
+    if C.chains:
+        columns = gl.max(gl.reshape(s, [C.rows, C.block_n // 8, 8]), axis=1)
+        m = gl.convert_layout(gl.max(columns, axis=1), gl.SliceLayout(1, C.scores_layout), assert_trivial=True)
+    else:
+        m = gl.max(s, axis=1)
+    return m
+
+
+@gluon.jit
 def finite(m):
     """A row with every key masked so far has m = -inf; 0 there keeps -inf - -inf away."""
     return gl.where(m == float("-inf"), 0.0, m)
@@ -72,7 +83,7 @@ def lifted(base, C: gl.constexpr):
 @gluon.jit
 def begin(s, score_scale, C: gl.constexpr):
     """(weights, maximum of the scores, partial sums) of the first block."""
-    m = gl.max(s, axis=1)
+    m = highest(s, C)
     p = gl.exp2(times(s, score_scale, C) - lifted(finite(m * score_scale), C)[:, None])
     return p, m, partial_sum(p, C)
 
@@ -80,7 +91,7 @@ def begin(s, score_scale, C: gl.constexpr):
 @gluon.jit
 def advance(s, m, l, score_scale, MASKED: gl.constexpr, C: gl.constexpr):
     """(weights, new maximum, new partial sums, factor of what was summed before) with one more block."""
-    m_new = gl.maximum(m, gl.max(s, axis=1))
+    m_new = gl.maximum(m, highest(s, C))
     base = m_new * score_scale
     if MASKED:
         base = finite(base)
@@ -134,7 +145,9 @@ def scale_keys(s, scales, C: gl.constexpr):
 @gluon.jit
 def held(p, C: gl.constexpr):
     """Weights as they are kept from step to step: rounded, but for FP8, whose codes a loop would carry in a register each."""
-    if C.kind != "fp8":
+    if C.codes:
+        p = packed(p)
+    elif C.kind != "fp8":
         p = as_operand(p, C)
     return p
 
@@ -142,9 +155,49 @@ def held(p, C: gl.constexpr):
 @gluon.jit
 def taken(p, C: gl.constexpr):
     """Held weights as the left operand of a product."""
-    if C.kind == "fp8":
+    if C.codes:
+        p = unpacked(p, C)
+    elif C.kind == "fp8":
         p = as_operand(p, C)
     return p
+
+
+@gluon.jit
+def rounded(p, C: gl.constexpr):
+    """FP8 weights, two to an integer of 16 bits: the former and the latter of the four that a product takes from a register.
+
+    Apart until `packed` joins them: what is written to a product's operand before an earlier product is waited for makes the
+    assembler wait for each product alone.
+    """
+    dealt = gl.permute(gl.reshape(p, [C.rows, 2, C.block_n // 16, 4, 2]), (0, 2, 3, 1, 4))
+    even, odd = gl.split(gl.reshape(dealt, [C.rows, C.block_n // 4, 2, 2]))
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
+    return _pair(first, second), _pair(third, fourth)
+
+
+@gluon.jit
+def _pair(first, second):
+    return gl.inline_asm_elementwise(
+        "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;", "=h,r,r", [first, second], dtype=gl.int16, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def packed(pairs):
+    """The four codes of each product's register in one integer."""
+    former, latter = pairs
+    return gl.inline_asm_elementwise("mov.b32 $0, {$1, $2};", "=r,h,h", [former, latter], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def unpacked(codes, C: gl.constexpr):
+    """What `packed` made as the left operand of the next product; cut in halves twice, which the compiler takes back."""
+    low, high = codes.to(gl.int16), (codes >> 16).to(gl.int16)
+    even = gl.join(low.to(gl.int8), high.to(gl.int8))
+    odd = gl.join((low >> 8).to(gl.int8), (high >> 8).to(gl.int8))
+    whole = gl.reshape(gl.join(even, odd), [C.rows, C.block_n]).to(gl.float8e4nv, bitcast=True)
+    return gl.convert_layout(whole, gl.DotOperandLayout(0, C.result_layout, 4), assert_trivial=True)
 
 
 @gluon.jit

@@ -13,6 +13,8 @@ from penstock.core.gluon import gl, gluon
 # Requests looked at together by the one warp that deals out tiles.
 REQUESTS = gl.constexpr(64)
 ABOVE_ALL = gl.constexpr(1 << 30)
+# Queries and keys that one element of a block mask stands for.
+MASK_BLOCK = gl.constexpr(128)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,10 @@ class Tile:
         q_stages: tiles whose queries are held, 1 or 2.
         reuse: results leave through the shared memory of the queries.
         pingpong: warpgroups take turns at the tensor cores.
+        codes: FP8 weights are rounded as soon as they are made, and kept four to a register until their product.
+        chains: the maximum of a row is taken in two chains a thread instead of one.
         token_scales: FP8 keys have a scale each.
+        has_blocks: a block mask says which blocks of keys a tile walks.
     """
 
     kind: str
@@ -49,10 +54,13 @@ class Tile:
     q_stages: int
     reuse: bool
     pingpong: bool
+    codes: bool
+    chains: bool
     has_left: bool
     has_right: bool
     has_cap: bool
     token_scales: bool
+    has_blocks: bool
 
     @property
     def itemsize(self) -> int:
@@ -63,6 +71,11 @@ class Tile:
     def bits(self) -> int:
         """Its bits."""
         return 8 * self.itemsize
+
+    @property
+    def values_swizzle(self) -> int:
+        """Bytes of a row of values that shared memory swizzles; FP8's lie turned, a block of keys wide."""
+        return min(128, self.block_n) if self.kind == "fp8" else 128
 
     @property
     def columns(self) -> int:
@@ -244,6 +257,36 @@ def steps_of(first, full_first, full_end, end):
 
 
 @gluon.jit
+def listed_before(before, block, columns, C: gl.constexpr):
+    """How many blocks of keys stand before this one in the list of a row of the mask."""
+    PER: gl.constexpr = MASK_BLOCK // C.block_n
+    count = gl.load(before + gl.minimum(block // PER, columns))
+    following = gl.load(before + gl.minimum(block // PER + 1, columns))
+    return count * PER + (following - count) * (block % PER)
+
+
+@gluon.jit
+def listed_at(listed, place, there, C: gl.constexpr):
+    """The block of keys at this place of a row's list, if there is one."""
+    PER: gl.constexpr = MASK_BLOCK // C.block_n
+    return gl.load(listed + place // PER, there, other=0) * PER + place % PER
+
+
+@gluon.jit
 def rows_inside(length, start, ROWS: gl.constexpr):
     """How many of the ROWS rows from `start` on lie within a request of this length."""
     return gl.minimum(gl.maximum(length - start, 0), ROWS)
+
+
+@gluon.jit
+def clear(out_ptr, lse_ptr, cu_seqlens_q, num_requests, num_rows, heads, has_lse, out_token, out_head, out_width,
+           C: gl.constexpr):  # fmt: skip
+    """Zero and -inf for the rows after the last request."""
+    column = gl.arange(0, C.dv, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    zero = gl.zeros([C.dv], out_ptr.dtype.element_ty, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    begin = gl.load(cu_seqlens_q + num_requests)
+    for row in range(begin + gl.program_id(0), num_rows, gl.num_programs(0)):
+        for head in range(heads):
+            at = out_ptr + gl.cast(row, gl.int64) * out_token + head * out_head
+            gl.store(at + column, zero, column < out_width)
+            gl.store(lse_ptr + gl.cast(row, gl.int64) * heads + head, float("-inf"), has_lse > 0)

@@ -32,6 +32,7 @@ from penstock.core.tuning import tuned
 from penstock.ops.attention import _load_hopper as load
 from penstock.ops.attention import _softmax_hopper as softmax
 from penstock.ops.attention import _tiles_hopper as tiles
+from penstock.ops.attention._blocks_triton import list_blocks
 from penstock.ops.attention._softmax_triton import NO_SCALES, fp8_scales
 from penstock.ops.attention._tiles_hopper import Constants, Tile
 
@@ -47,6 +48,7 @@ KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp
 UNSPECIALIZED = ["table_row", "k_pages", "v_pages", "scale_pages", "q_scale_token", "q_scale_head", "k_scale_head"]
 UNSPECIALIZED += ["v_scale_head", "out_token", "out_head", "out_width", "num_requests", "num_rows"]
 UNSPECIALIZED += ["heads", "num_sinks", "has_lse", "section", "kv_group", "left", "right", "cap_scale", "score_scale"]
+UNSPECIALIZED += ["mask_rows", "mask_columns"]
 
 
 @gluon.jit
@@ -71,7 +73,7 @@ def _matrix(buffer, index, ROWS: gl.constexpr, WIDTH: gl.constexpr, BITS: gl.con
 @gluon.jit
 def _multiply_keys(buffers, kc, part, C: gl.constexpr):
     """Starts queries · keys of block kc; `part` is the warpgroup's place among the queries held."""
-    q_buf, q_tail, k_buf, k_tail, _, _ = buffers
+    q_buf, q_tail, k_buf, k_tail, _, _, _ = buffers
     zero = gl.zeros([C.rows, C.block_n], gl.float32, layout=C.scores_layout)
     q = _matrix(q_buf, part, C.rows, C.d, C.bits)
     k = _matrix(k_buf, kc % C.stages, C.block_n, C.d, C.bits).permute((1, 0))
@@ -87,16 +89,25 @@ def _multiply_keys(buffers, kc, part, C: gl.constexpr):
 def _values(buffers, vc, C: gl.constexpr):
     """The block of values as the right operand; FP8's lie turned, as its products need them."""
     if C.kind == "fp8":
-        v = _matrix(buffers[4], vc % C.stages, C.dv, C.block_n, C.bits).permute((1, 0))
+        layout: gl.constexpr = gl.NVMMASharedLayout(C.values_swizzle, 8, rank=2)
+        v = reinterpret(buffers[4].index(vc % C.stages), buffers[4].dtype, [C.dv, C.block_n], layout).permute((1, 0))
     else:
         v = _matrix(buffers[4], vc % C.stages, C.block_n, C.dv, C.bits)
     return v
 
 
 @gluon.jit
+def _multiply_values(p, buffers, vc, o, C: gl.constexpr):
+    """Starts weights · values of block vc."""
+    if C.codes:
+        p = softmax.unpacked(p, C)
+    return warpgroup_mma(p, _values(buffers, vc, C), o, is_async=True)
+
+
+@gluon.jit
 def _finished(o_running, p, OUTSTANDING: gl.constexpr, C: gl.constexpr):
     """The result, when at most so many later products run; its weights live until then, which 8-bit registers cannot say."""
-    if C.kind == "fp8":
+    if C.kind == "fp8" and not C.codes:
         o = warpgroup_mma_wait(num_outstanding=OUTSTANDING, deps=(o_running,))
     else:
         o, p = warpgroup_mma_wait(num_outstanding=OUTSTANDING, deps=(o_running, p))
@@ -120,7 +131,7 @@ def _clean_values(buffers, vc, keys, C: gl.constexpr):
     Every warpgroup cleans for itself; what the others write meanwhile is the same.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
-    shared: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=2)
+    shared: gl.constexpr = gl.NVMMASharedLayout(C.values_swizzle, 8, rank=2)
     codes = reinterpret(buffers[4].index(vc % C.stages), gl.int8, [C.dv, C.block_n], shared)
     column = gl.arange(0, C.block_n, layout=gl.SliceLayout(0, layout))
     codes.store(gl.where((column < keys)[None, :], codes.load(layout), 0).to(gl.int8))
@@ -144,16 +155,21 @@ def _step(state, buffers, bars, kc, part, more, own_first, n0, k_len, scalars, c
         _take_turn(consumer)
     s_running = _multiply_keys(buffers, kc, part, C)
     load.filled(v_full, vc, True, C.stages)
-    p = softmax.taken(p, C)
-    o_running = warpgroup_mma(p, _values(buffers, vc, C), o, is_async=True)
+    if not C.codes:
+        p = softmax.taken(p, C)
+    o_running = _multiply_values(p, buffers, vc, o, C)
     if C.pingpong:
         _give_turn((consumer + 1) % C.consumers)
     s = warpgroup_mma_wait(num_outstanding=1, deps=(s_running,))
     s = _scores(s, buffers, kc, cap_scale, C)
+    if C.has_blocks and MASKED:
+        n0 = load.block_held(buffers[6].index(kc % C.stages)) * C.block_n
     mbarrier.arrive(k_empty.index(kc % C.stages), count=1)
     if MASKED:
         s = softmax.masked(s, own_first, n0, k_len, left, right, C)
     weights, m, l, alpha = softmax.advance(s, m, l, score_scale, MASKED, C)
+    if C.codes:
+        weights = softmax.rounded(weights, C)
     load.filled(k_full, kc + 1, more, C.stages)
     o = _finished(o_running, p, 0, C)
     mbarrier.arrive(v_empty.index(vc % C.stages), count=1)
@@ -163,7 +179,7 @@ def _step(state, buffers, bars, kc, part, more, own_first, n0, k_len, scalars, c
 @gluon.jit
 def _store(o, note, o_desc, o_buf, part, consumer: gl.constexpr, C: gl.constexpr):
     """Sends the results of a warpgroup's part of a tile on their way."""
-    row, q_len, _, q_end, head = note
+    row, q_len, _, q_end, head, _, _, _ = note
     tma_store_wait(0)
     _matrix(o_buf, part, C.rows, C.dv, 16).store(o.to(o_buf.dtype))
     fence_async_shared()
@@ -194,11 +210,16 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
     s_running = _multiply_keys(buffers, kc, consumer, C)
     s = warpgroup_mma_wait(num_outstanding=0, deps=(s_running,))
     while note[0] >= 0:
-        row, q_len, k_len, q_end, head = note
+        row, q_len, k_len, q_end, head, listed_first, listed_full, listed_end = note
         part_row = row + consumer * C.part_tokens
         own_first = part_row + k_len - q_len
         part = step % C.q_stages * C.consumers + consumer
         first, full_first, full_end, end = tiles.key_range(row, q_len, k_len, left, right, C)
+        stop = end
+        if C.has_blocks:
+            # Places in the tile's list, from 0 on.
+            first, full_first, full_end, end = gl.to_tensor(0), listed_first, listed_full, listed_end
+            stop = load.block_held(buffers[6].index(kc % C.stages)) + 1
         cut_right, whole, cut_left = tiles.steps_of(first, full_first, full_end, end)
 
         rows = gl.arange(0, C.rows, layout=gl.SliceLayout(1, C.scores_layout))
@@ -220,13 +241,15 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
                 scalars = (left, right, cap_scale, factor * score_scale)
         s = _scores(s, buffers, kc, scalars[2], C)
         mbarrier.arrive(k_empty.index(kc % C.stages), count=1)
-        s = softmax.masked(s, own_first, (end - 1) * C.block_n, k_len, left, right, C)
+        s = softmax.masked(s, own_first, (stop - 1) * C.block_n, k_len, left, right, C)
         weights, m, l = softmax.begin(s, scalars[3], C)
+        if C.codes:
+            weights = softmax.rounded(weights, C)
         p = softmax.held(weights, C)
         o = gl.zeros([C.rows, C.dv], gl.float32, layout=C.result_layout)
-        if C.kind == "fp8" and end * C.block_n > k_len:
+        if C.kind == "fp8" and stop * C.block_n > k_len:
             load.filled(v_full, kc, True, C.stages)
-            _clean_values(buffers, kc, k_len - (end - 1) * C.block_n, C)
+            _clean_values(buffers, kc, k_len - (stop - 1) * C.block_n, C)
         kc += 1
         block = end - 2
         load.filled(k_full, kc, block >= first, C.stages)
@@ -251,8 +274,9 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
 
         vc = kc - 1
         load.filled(v_full, vc, True, C.stages)
-        p = softmax.taken(p, C)
-        o_running = warpgroup_mma(p, _values(buffers, vc, C), o, is_async=True)
+        if not C.codes:
+            p = softmax.taken(p, C)
+        o_running = _multiply_values(p, buffers, vc, o, C)
         sink = gl.load(sinks_ptr + own_head, own_head < num_sinks, other=float("-inf")).to(gl.float32) * softmax.LOG2E
         factor, lse = softmax.finish(m, l, scalars[3], sink, C)
         factor *= value_scale
@@ -284,22 +308,8 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
         note = following
         step += 1
     if consumer == 0:
-        _clear(out_ptr, lse_ptr, cu_seqlens_q, num_requests, num_rows, heads, has_lse, out_token, out_head, out_width, C)
+        tiles.clear(out_ptr, lse_ptr, cu_seqlens_q, num_requests, num_rows, heads, has_lse, out_token, out_head, out_width, C)
     tma_store_wait(0)
-
-
-@gluon.jit
-def _clear(out_ptr, lse_ptr, cu_seqlens_q, num_requests, num_rows, heads, has_lse, out_token, out_head, out_width,
-           C: gl.constexpr):  # fmt: skip
-    """Zero and -inf for the rows after the last request."""
-    column = gl.arange(0, C.dv, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    zero = gl.zeros([C.dv], out_ptr.dtype.element_ty, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    begin = gl.load(cu_seqlens_q + num_requests)
-    for row in range(begin + gl.program_id(0), num_rows, gl.num_programs(0)):
-        for head in range(heads):
-            at = out_ptr + gl.cast(row, gl.int64) * out_token + head * out_head
-            gl.store(at + column, zero, column < out_width)
-            gl.store(lse_ptr + gl.cast(row, gl.int64) * heads + head, float("-inf"), has_lse > 0)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -340,6 +350,10 @@ def _prefill_kernel(
     right,
     cap_scale,
     score_scale,
+    listed,
+    before,
+    mask_rows,
+    mask_columns,
     C: gl.constexpr,
 ):
     dtype: gl.constexpr = q_desc.dtype
@@ -361,6 +375,11 @@ def _prefill_kernel(
         o_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
         o_buf = gl.allocate_shared_memory(o_desc.dtype, [C.consumers, C.rows, C.dv], o_layout)
     mail = gl.allocate_shared_memory(gl.int32, [C.q_stages, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    walked = mail
+    blocks = ()
+    if C.has_blocks:
+        walked = gl.allocate_shared_memory(gl.int32, [C.stages, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        blocks = (listed, before, mask_rows, mask_columns)  # type: ignore[assignment]
     q_full = gl.allocate_shared_memory(gl.int64, [C.q_stages, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [C.q_stages, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarrier.MBarrierLayout())
@@ -377,13 +396,13 @@ def _prefill_kernel(
         mbarrier.init(v_empty.index(stage), count=C.consumers)
 
     descs = (q_desc, k_desc, v_desc, scale_desc)
-    buffers = (q_buf, q_tail, k_buf, k_tail, v_buf, scale_buf)
+    buffers = (q_buf, q_tail, k_buf, k_tail, v_buf, scale_buf, walked)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     page_steps = (k_pages, v_pages, scale_pages)
     scales = (q_scale, k_scale, v_scale)
     scale_strides = (q_scale_token, q_scale_head, k_scale_head, v_scale_head)
     producing = (descs, buffers, bars, mail, cu_seqlens_q, lengths, table_ptr, table_row, page_steps, num_requests,
-                 heads // C.group, section, kv_group, left, right)  # fmt: skip
+                 heads // C.group, section, kv_group, left, right, blocks)  # fmt: skip
     consuming = (o_desc, lse_ptr, sinks_ptr, out_ptr, cu_seqlens_q, buffers, o_buf, bars, mail, num_requests, num_rows, heads,
                  num_sinks, has_lse, out_token, out_head, out_width, kv_group, scales, scale_strides, left, right, cap_scale,
                  score_scale)  # fmt: skip
@@ -409,29 +428,36 @@ def _prefill_kernel(
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Launch configuration: warpgroups of 64 rows, keys of a block, blocks in flight, whether warpgroups take turns."""
+    """Launch configuration: warpgroups of 64 rows, keys of a block, blocks in flight, whether warpgroups take turns.
+
+    `codes` and `chains` as in Tile; they await measurement.
+    """
 
     consumers: int
     block_n: int
     stages: int
     pingpong: bool
+    codes: bool = False
+    chains: bool = False
 
 
-def candidates(d: int, dv: int, causal: bool, window: bool, itemsize: int) -> Iterator[HopperConfig]:
-    """What fits in shared memory: two or three warpgroups, with and without turns."""
-    for consumers in (2, 3):
+def candidates(d: int, dv: int, causal: bool, window: bool, blocks: bool, itemsize: int) -> Iterator[HopperConfig]:
+    """What fits in shared memory: two warpgroups, or three where no block mask wants tiles of 128, with and without turns."""
+    for consumers in (2,) if blocks else (2, 3):
         for block_n in (128, 64):
             if block_n == 128 and (consumers == 3 or max(d, dv) > 128) and d > 64:
                 continue
             for pingpong in (True, False):
                 for stages in (2, 3, 4):
                     config = HopperConfig(consumers, block_n, stages, pingpong)
-                    if shape_of(d, dv, config).shared <= SHARED and (itemsize == 2 or (consumers, block_n) == (2, 128)):
+                    if itemsize == 1:
+                        config = replace(config, codes=True, chains=True)
+                    if shape_of(d, dv, config, kind="fp8" if itemsize == 1 else "bf16").shared <= SHARED:
                         yield config
 
 
 @tuned(candidates)
-def configure(d: int, dv: int, causal: bool, window: bool, itemsize: int) -> HopperConfig:
+def configure(d: int, dv: int, causal: bool, window: bool, blocks: bool, itemsize: int) -> HopperConfig:
     """The default for head dimensions that are rounded up to 64, 128, 192 or 256."""
     if itemsize == 1:
         return HopperConfig(2, 128, 3, True)
@@ -443,7 +469,7 @@ def shape_of(d: int, dv: int, config: HopperConfig, **others: Any) -> Tile:
     """The kernel's shape: queries have two places where these fit, and results one of their own unless nothing else fits."""
     tail = 64 if d == 192 else 0
     plain: dict[str, Any] = {"kind": "bf16", "group": 1, "span": config.block_n, "page_size": 0}
-    plain.update(dict.fromkeys(("has_left", "has_right", "has_cap", "token_scales"), False))
+    plain.update(dict.fromkeys(("has_left", "has_right", "has_cap", "token_scales", "has_blocks"), False))
     tile = Tile(**asdict(config), d=d - tail, tail=tail, dv=dv, q_stages=2, reuse=False, **{**plain, **others})
     tile = replace(tile, q_stages=1) if tile.shared > SHARED else tile
     return replace(tile, reuse=True) if tile.shared > SHARED and dv <= d - tail else tile
@@ -487,6 +513,7 @@ def launch(
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_mask: Tensor | None = None,
 ) -> None:
     """Launches one program a multiprocessor; `lengths` is cu_seqlens_k, or seqlens_k where there is a page table."""
     num_rows, Hq, D = q.shape
@@ -496,8 +523,9 @@ def launch(
     right = 0 if causal else window_right
     fp8 = q.dtype is torch.float8_e4m3fn
     d, dv = (128, 128) if fp8 else (rounded(D), 256 if rounded(Dv) == 192 else rounded(Dv))
-    config = configure.on(q.device, d, dv, right >= 0, window_left >= 0, q.element_size())
-    packed = packed_heads(Hq // Hkv, max_seqlen_q, config.consumers * 64)
+    masked = block_mask is not None
+    config = configure.on(q.device, d, dv, right >= 0, window_left >= 0, masked, q.element_size())
+    packed = 1 if masked else packed_heads(Hq // Hkv, max_seqlen_q, config.consumers * 64)
     page_size = 0 if page_table is None else k.shape[1]
     tile = shape_of(
         d,
@@ -511,7 +539,15 @@ def launch(
         has_right=right >= 0,
         has_cap=bool(softcap),
         token_scales=k_scale is not None and k_scale.dim() == 3,
+        has_blocks=masked,
     )
+    if config.codes and not fp8:
+        raise ValueError(f"codes are of FP8 weights, got {config} for {KINDS[q.dtype]}")
+    blocks: tuple[Any, ...] = (None,) * 4
+    if block_mask is not None:
+        if tile.tokens != tiles.MASK_BLOCK.value:
+            raise ValueError(f"a tile of a block mask must hold {tiles.MASK_BLOCK.value} queries, {config} holds {tile.tokens}")
+        blocks = (*list_blocks(block_mask), *block_mask.shape[2:])
     num_requests = cu_seqlens_q.shape[0] - 1
     most_tiles = (num_rows // tile.tokens + num_requests) * (Hq // packed)
     k_descriptor, k_pages = (load.dealt_descriptor if fp8 else load.keys_descriptor)(k, tile)
@@ -555,6 +591,7 @@ def launch(
         right,
         scale / softcap if softcap else 1.0,
         (softcap if softcap else scale) * softmax.LOG2E.value,
+        *blocks,
         C=Constants(tile),
         num_warps=4,
         maxnreg=REGISTERS[tile.consumers],

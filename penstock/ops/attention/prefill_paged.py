@@ -93,7 +93,8 @@ def attention_prefill_paged(
             128 queries and 128 keys of a request that it stands for do not meet. Tiles are skipped.
         return_lse: also return the log-sum-exp.
         out: [Tq, Hq, Dv] in q.dtype; for FP8 queries bfloat16, float16 or float32.
-        impl: "auto", "hopper", "triton", "cpu" or "reference".
+        impl: "auto", "hopper", "triton", "hopper_blocks", "cpu" or "reference"; with a block mask the Hopper kernel awaits
+            measurement and must be asked for as "hopper_blocks".
     FP8 queries and keys are multiplied as they are; a weight exp(s - m) is stored as e4m3(256 · exp(s - m)) against the running
     maximum m, and the denominator sums what is not rounded.
 
@@ -195,7 +196,7 @@ def _hopper_supports(
     **others: object,
 ) -> str | None:
     if block_mask is not None:
-        return "block_mask is for the triton implementation"
+        return "block_mask is for triton, and for hopper_blocks where that is asked for by name"
     if q.dtype is FP8:
         return _options.fp8_tma_reason(q, k_cache, v_cache, out, k_scale)
     return _options.tma_reason(q, k_cache, v_cache, out, k_cache.shape[1])
@@ -220,23 +221,22 @@ def _hopper(
     seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int | None,
-    *options_and_scales: Any,
+    *options: Any,
 ) -> None:
     from penstock.ops.attention.prefill_hopper import launch
 
     if max_seqlen_k is None:
         max_seqlen_k = page_table.shape[1] * k_cache.shape[1]
-    *options, _ = options_and_scales
     tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
     launch(out, out_lse, *tensors, max_seqlen_q, max_seqlen_k, *options)
 
 
-def _supports(k_cache: Tensor, **others: object) -> str | None:
+def _triton_supports(k_cache: Tensor, **others: object) -> str | None:
     return _options.page_size_reason(k_cache)
 
 
 # At D = 256 a tile of 64 keys spills up to 96 bytes; 32 keys spill none, and halve the work between two rescalings.
-@attention_prefill_paged.impl("triton", needs=("triton",), supports=_supports, instructions=("HGMMA",), spill_bytes=96)
+@attention_prefill_paged.impl("triton", needs=("triton",), supports=_triton_supports, instructions=("HGMMA",), spill_bytes=96)
 def _triton(
     out: Tensor,
     out_lse: Tensor | None,
@@ -256,6 +256,24 @@ def _triton(
         max_seqlen_k = page_table.shape[1] * k_cache.shape[1]
     tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
     launch(out, out_lse, *tensors, max_seqlen_q, max_seqlen_k, *options)
+
+
+def _blocks_supports(block_mask: Tensor | None, **others: Any) -> str | None:
+    if block_mask is None:
+        return "there is no block_mask"
+    return _hopper_supports(block_mask=None, **others)
+
+
+# The kernel of "hopper", which walks the blocks of a mask's lists; it awaits measurement, so auto takes triton before it.
+@attention_prefill_paged.impl(
+    "hopper_blocks",
+    needs=("wgmma", "tma", "triton"),
+    supports=_blocks_supports,
+    instructions=("HGMMA", "QGMMA", "UTMALDG"),
+    spill_bytes=72,
+)
+def _hopper_blocks(*arguments: Any) -> None:
+    _hopper(*arguments)
 
 
 @attention_prefill_paged.impl("cpu", needs=("cpu",))
@@ -322,6 +340,9 @@ def cases() -> Iterable[Case]:
     yield case("ragged_block_mask", blocks, 4, 2, 64, with_blocks=0.5, return_lse=True)
     yield case("block_mask_float32", [(140, 270)], 2, 1, 32, dtype=torch.float32, with_blocks=0.4, window=(150, -1))
     yield case("block_mask_fp8_sinks", [(140, 270)], 2, 1, 64, with_blocks=0.4, with_sinks=True, **fp8)
+    yield case("fp8_block_mask_transposed", [(140, 300), (0, 9)], 2, 1, 64, **turned, with_scales="token", with_blocks=0.5,
+               window=(150, -1), return_lse=True)  # fmt: skip
+    yield case("block_mask_head_dim_256", [(140, 270)], 2, 1, 256, with_blocks=0.4, return_lse=True)
     yield case("empty_requests", [(0, 0), (0, 0)], 2, 1, 64)
     yield case("empty", [], 2, 1, 64, return_lse=True)
     yield case("4x4k_32_8_d128", [(4096, 4096)] * 4, 32, 8, 128, page_size=64, bench=True)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.core.tuning import tuned
+from penstock.ops.attention._blocks_triton import list_blocks
 from penstock.ops.attention._softmax_triton import (
     LN2,
     LOG2E,
@@ -197,22 +198,6 @@ def _blocks(
         if HAS_LIST:
             block = following
     return acc, m, l
-
-
-@triton.jit
-def _list_kernel(listed_ptr, before_ptr, mask_ptr, blocks, BLOCK: tl.constexpr):
-    """Of one row of a block mask: the set elements in order, and how many of them stand before each element."""
-    row = tl.program_id(0).to(tl.int64)
-    count = 0
-    for start in tl.range(0, blocks, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < blocks
-        present = (tl.load(mask_ptr + row * blocks + columns, inside, other=0) != 0).to(tl.int32)
-        before = count + tl.cumsum(present) - present
-        tl.store(listed_ptr + row * blocks + before, columns, present != 0)
-        tl.store(before_ptr + row * (blocks + 1) + columns, before, inside)
-        count += tl.sum(present)
-    tl.store(before_ptr + row * (blocks + 1) + blocks, count)
 
 
 @triton.jit
@@ -450,9 +435,7 @@ def launch(
     mask_rows = mask_columns = 0
     if block_mask is not None:
         mask_rows, mask_columns = block_mask.shape[2:]
-        listed = lengths.new_empty(block_mask.shape)
-        before = lengths.new_empty(*block_mask.shape[:3], mask_columns + 1)
-        _list_kernel[(block_mask[..., 0].numel(),)](listed, before, block_mask.contiguous(), mask_columns, BLOCK=256)
+        listed, before = list_blocks(block_mask)
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     _prefill_kernel[(num_tiles + CLEARING,)](
         out,

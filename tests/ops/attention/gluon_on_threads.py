@@ -65,8 +65,11 @@ class Block:
     def __getitem__(self, key):
         return Block(self.data[key], self.memory)
 
-    def to(self, dtype):
-        return Block(self.data.to(dtype), self.memory)
+    def to(self, dtype, bitcast=False):
+        return Block(self.data.view(dtype) if bitcast else self.data.to(dtype), self.memory)
+
+    def __rshift__(self, bits):
+        return Block(self.data >> bits)
 
     def __floordiv__(self, other):
         return Block(torch.div(self.data, bare(other), rounding_mode="trunc"))
@@ -257,6 +260,13 @@ def _named_barrier(text, number):
 def inline_asm(text, constraints, arguments, dtype, is_pure, pack):
     if text.startswith("bar."):
         return _named_barrier(text, arguments[0])
+    if text.startswith("mov.b32 $0, {$1, $2}"):
+        low, high = (each.data.to(torch.int32) for each in arguments)
+        return Block((low & 0xFFFF) | (high << 16))
+    if len(arguments) == 2:
+        assert text.startswith("cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1")
+        codes = torch.stack([each.data.to(torch.float8_e4m3fn) for each in arguments], -1)
+        return Block(codes.view(torch.int16).squeeze(-1))
     assert "cvt.rn." in text
     return Block(arguments[0].data.to(dtype))
 
@@ -415,7 +425,7 @@ def _allocate(dtype, shape, layout):
 
 
 gl = SimpleNamespace(
-    **{name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int8", "int32", "int64")},
+    **{name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int8", "int16", "int32", "int64")},
     float8e4nv=torch.float8_e4m3fn,
     constexpr=lambda value: value,
     to_tensor=Scalar,
@@ -427,9 +437,12 @@ gl = SimpleNamespace(
     num_programs=lambda axis: Scalar(HERE.count),
     arange=lambda begin, end, layout=None: Block(torch.arange(begin, end)),
     zeros=lambda shape, dtype, layout=None: Block(torch.zeros(shape, dtype=dtype)),
+    full=lambda shape, value, dtype, layout=None: Block(torch.full(shape, value, dtype=dtype)),
     expand_dims=lambda block, axis: Block(block.data.unsqueeze(axis), block.memory),
     permute=lambda block, order: Block(block.data.permute(order)),
     reshape=lambda block, shape: Block(block.data.reshape(shape), block.memory),
+    split=lambda block: tuple(map(Block, block.data.unbind(-1))),
+    join=lambda a, b: Block(torch.stack([a.data, b.data], -1)),
     convert_layout=lambda block, layout, assert_trivial=False: block,
     exp2=lambda block: Block(torch.exp2(block.data)),
     log2=lambda block: Block(torch.log2(block.data)),

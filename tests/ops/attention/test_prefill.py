@@ -37,6 +37,35 @@ def dense(q, k, v, *, causal=True, window=(-1, -1), softcap=None, sinks=None, sc
     return torch.einsum("hnm,mhd->nhd", p, v), lse.T
 
 
+@pytest.mark.parametrize("attend", [_reference.exact, _reference.naive, _reference.narrow_weights])
+def test_a_reference_in_pieces_is_the_whole_one(monkeypatch, attend):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(rows, heads, 16, dtype=torch.float64, generator=draw) for rows, heads in ((220, 6), (330, 2), (330, 2))
+    )
+    mask = (torch.rand(2, 6, 2, 3, generator=draw) < 0.7).to(torch.uint8)
+    sinks = torch.randn(6, dtype=torch.float64, generator=draw)
+    lengths = [(150, 300), (70, 30)]
+    largest = []
+
+    def watched(q, k, v, *others):
+        largest.append(q.shape[1] * max(q.shape[0] * k.shape[0], k.shape[0] * 16))
+        return attend(q, k, v, *others)
+
+    def result():
+        ends = [torch.tensor([0, *torch.tensor(each).cumsum(0).tolist()]) for each in zip(*lengths, strict=True)]
+        requests = _reference.packed_requests(k, v, *ends)
+        return _reference.over_requests(watched, q, requests, 16, True, None, 100, -1, 3.0, sinks, block_mask=mask)
+
+    whole = result()
+    assert len(largest) == 2
+    largest.clear()
+    monkeypatch.setattr(_reference, "PIECE", 10_000)
+    for mine, other in zip(result(), whole, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-10, atol=1e-12)
+    assert max(largest) <= 10_000 and len(largest) > 10
+
+
 def packed(device, lengths, Hq, Hkv, D, **options):
     arguments = _cases.prefill("drawn", lengths, Hq, Hkv, D, dtype=torch.float32, **options).build(Make(device))
     return arguments

@@ -42,6 +42,8 @@ class Kernel:
 @pytest.fixture
 def emulated(monkeypatch):
     torch.manual_seed(0)
+    # The lists of a block mask are made by a Triton kernel, through the interpreter.
+    assert features.interpreting()
 
     def install(**options):
         kernel = Kernel(**options)
@@ -51,7 +53,7 @@ def emulated(monkeypatch):
     return install
 
 
-def call(op, drawn, config=None):
+def call(op, drawn, config=None, impl="hopper"):
     """(out, lse) of one call through the emulated kernel."""
     window = drawn.get("window", (-1, -1))
     defaults = {"causal": True, "scale": None, "softcap": None, "sinks": None, "max_seqlen_k": None}
@@ -60,16 +62,16 @@ def call(op, drawn, config=None):
     out = torch.full((*drawn["q"].shape[:2], values.shape[-1]), float("nan"), dtype=_options.out_dtype(drawn["q"]))
     lse = torch.full(drawn["q"].shape[:2], float("nan"))
     with nullcontext() if config is None else prefill_hopper.configure.forced(config):
-        op.implementations["hopper"].launch(out, lse, *[given.get(argument.name) for argument in op.arguments[2:]])
+        op.implementations[impl].launch(out, lse, *[given.get(argument.name) for argument in op.arguments[2:]])
     return out, lse
 
 
-def check(op, drawn, config=None):
+def check(op, drawn, config=None, impl="hopper"):
     """One call through the emulated kernel against the reference, by the budget of the conformance tests."""
     drawn = {"return_lse": True, **drawn}
     wide = {n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in drawn.items()}
     exact, same = op(**wide, impl="reference"), op(**drawn, impl="baseline")
-    found = call(op, drawn, config)
+    found = call(op, drawn, config, impl)
     for name, *results in zip(("out", "lse"), found, exact, same, strict=True):
         judge(name, *results)
     return found[0]
@@ -145,7 +147,10 @@ def test_head_dims(emulated, D, Dv, reuse):
 @pytest.mark.parametrize("d", [64, 128, 192, 256])
 @pytest.mark.parametrize("dv", [64, 128, 256])
 def test_configs_fit_in_shared_memory(d, dv):
-    for config in (prefill_hopper.configure(d, dv, True, False, 2), *prefill_hopper.candidates(d, dv, True, False, 2)):
+    for config in (
+        prefill_hopper.configure(d, dv, True, False, False, 2),
+        *prefill_hopper.candidates(d, dv, True, False, False, 2),
+    ):
         assert prefill_hopper.shape_of(d, dv, config).shared <= prefill_hopper.SHARED
 
 
@@ -184,6 +189,100 @@ def test_fp8(emulated, scales, options):
         "fp8", lengths, 2, 1, 64, dtype=FP8, with_scales=scales, transposed=True, page_size=128, **options
     )
     check(attention_prefill_paged, case.build(Make()))
+
+
+MASKED = prefill_hopper.HopperConfig(2, 128, 2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ({"with_blocks": 0.5}, MASKED),
+        ({"with_blocks": 0.3, "page_size": 64, "with_sinks": True}, SMALL),
+        ({"with_blocks": 0.5, "window": (150, -1)}, prefill_hopper.HopperConfig(2, 64, 3, False)),
+        ({"with_blocks": 0.5, "causal": False, "window": (140, 60), "dtype": torch.float16}, MASKED),
+        ({"with_blocks": 0.5, "dtype": FP8, "transposed": True, "with_scales": "token", "page_size": 128}, MASKED),
+    ],
+    ids=str,
+)
+def test_block_masks(emulated, options, config):
+    kernel = emulated()
+    # Short requests too, whose heads would be packed without a mask.
+    case = _cases.paged_prefill("blocks", [(300, 420), (0, 9), (20, 140), (7, 0)], 2, 1, 64, **options)
+    check(attention_prefill_paged, case.build(Make()), config, "hopper_blocks")
+    assert kernel.launches[0].has_blocks and kernel.launches[0].group == 1
+
+
+def test_what_a_masked_block_holds_is_not_read(emulated):
+    emulated()
+    drawn = _cases.paged_prefill("blocks", [(200, 390)], 2, 1, 64, page_size=128, with_blocks=0.5).build(Make())
+    drawn["block_mask"][0, :, :, 1] = 0
+    want = call(attention_prefill_paged, drawn, MASKED, "hopper_blocks")
+    drawn["page_table"][0, 1] = -(2**31)
+    assert all(map(torch.equal, call(attention_prefill_paged, drawn, MASKED, "hopper_blocks"), want))
+
+
+def test_rows_of_a_mask_without_a_block(emulated):
+    emulated()
+    drawn = _cases.paged_prefill("blocks", [(300, 300)], 2, 1, 64, with_blocks=1.0, with_sinks=True).build(Make())
+    drawn["block_mask"][0] = 1
+    drawn["block_mask"][0, 1, 1] = 0
+    # Set behind the diagonal alone.
+    drawn["block_mask"][0, 0, 0, 0] = 0
+    out, lse = call(attention_prefill_paged, drawn, MASKED, "hopper_blocks")
+    dead = torch.zeros(300, 2, dtype=torch.bool)
+    dead[128:256, 1] = dead[:128, 0] = True
+    assert torch.equal(lse == float("-inf"), dead) and torch.equal((out == 0).all(-1), dead)
+
+
+def test_block_masks_ask_for_tiles_of_128_queries(emulated):
+    emulated()
+    drawn = _cases.paged_prefill("blocks", [(130, 130)], 2, 1, 64, with_blocks=0.5).build(Make())
+    with pytest.raises(ValueError, match=r"must hold 128 queries, .* holds 192"):
+        call(attention_prefill_paged, drawn, prefill_hopper.HopperConfig(3, 64, 2, True), "hopper_blocks")
+
+
+def test_codes_are_of_fp8_weights(emulated):
+    emulated()
+    drawn = _cases.prefill("plain", [(9, 9)], 2, 1, 64).build(Make())
+    with pytest.raises(ValueError, match=r"codes are of FP8 weights, got .* for bf16"):
+        call(attention_prefill, drawn, prefill_hopper.HopperConfig(2, 128, 2, True, codes=True))
+
+
+def test_auto_leaves_block_masks_to_the_measured_kernel(monkeypatch):
+    for feature in ("wgmma", "tma", "triton"):
+        monkeypatch.setitem(features.FEATURES, feature, lambda tensors, by_name: None)
+    plain = _cases.paged_prefill("plain", [(130, 130)], 2, 1, 64).build(Make())
+    masked = _cases.paged_prefill("masked", [(130, 130)], 2, 1, 64, with_blocks=0.5).build(Make())
+
+    def chosen(impl, drawn):
+        given = {"causal": True, "window_left": -1, "window_right": -1, **drawn}
+        return attention_prefill_paged.chosen(impl, *[given.get(name) for name in attention_prefill_paged.contract.names])
+
+    assert chosen("auto", plain) == "hopper"
+    assert chosen("auto", masked) == "triton"
+    assert chosen("hopper_blocks", masked) == "hopper_blocks"
+    with pytest.raises(NotSupported, match="there is no block_mask"):
+        chosen("hopper_blocks", plain)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        prefill_hopper.HopperConfig(2, 128, 3, True, codes=True),
+        prefill_hopper.HopperConfig(2, 128, 4, False, codes=True, chains=True),
+        prefill_hopper.HopperConfig(3, 64, 4, True, codes=True, chains=True),
+        prefill_hopper.HopperConfig(2, 64, 4, True, chains=True),
+    ],
+    ids=str,
+)
+def test_fp8_configs(emulated, config):
+    emulated()
+    fp8 = {"dtype": FP8, "with_scales": "token", "transposed": True, "page_size": 128}
+    drawn = _cases.paged_prefill("fp8", [(9, 9), (200, 330), (0, 20), (3, 0)], 2, 1, 64, **fp8, softcap=5.0).build(Make())
+    found = check(attention_prefill_paged, drawn, config)
+    if config.block_n == 128 and config.consumers == 2:
+        assert torch.equal(found, call(attention_prefill_paged, drawn)[0])
 
 
 def test_what_the_accelerator_cannot_address_is_refused():
