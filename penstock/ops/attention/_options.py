@@ -121,6 +121,20 @@ def fp8_tma_reason(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor | No
     return _unaligned({"q": q, "k_cache": k_cache, "out": out, **turned})
 
 
+def latent_tma_reason(q_latent: Tensor, q_rope: Tensor, cache: Tensor, q_len: int) -> str | None:
+    """Why the Hopper kernel of latent attention does not take the call, or None."""
+    if q_latent.dtype not in (torch.float16, torch.bfloat16):
+        return f"q_latent is {short(q_latent.dtype)}; the kernel multiplies float16 or bfloat16"
+    if (q_latent.shape[2], q_rope.shape[2]) != (512, 64):
+        return f"Dc + Dr = {q_latent.shape[2]} + {q_rope.shape[2]} is not 512 + 64"
+    heads, page_size = q_latent.shape[1], cache.shape[1]
+    if q_len > 1 and heads % 64 and 64 % heads:
+        return f"{heads} heads of q_len {q_len} do not fill blocks of 64 rows; that takes a divisor or a multiple of 64"
+    if page_size & (page_size - 1) or not 16 <= page_size <= MAX_PAGE_SIZE:
+        return f"page_size {page_size} is not a power of two from 16 to {MAX_PAGE_SIZE}"
+    return _unaligned({"q_latent": q_latent, "q_rope": q_rope, "cache": cache})
+
+
 def _unaligned(tensors: dict[str, Tensor | None]) -> str | None:
     for name, tensor in tensors.items():
         if tensor is None:

@@ -32,6 +32,7 @@ SPEC = {
     "(Tensor(a!) out, Tensor(b!)? out_lse, Tensor q_latent, Tensor q_rope, Tensor cache, Tensor page_table, Tensor seqlens_k,"
     " int q_len, float? scale, Tensor[]? plan) -> ()",
     SPEC,
+    alignment=("q_latent", "q_rope", "cache"),
 )
 def mla_decode(
     q_latent: Tensor,
@@ -64,7 +65,7 @@ def mla_decode(
             by default.
         return_lse: also return the log-sum-exp.
         out: [B · q_len, Hq, Dc] in q_latent.dtype.
-        impl: "auto", "triton", "cpu" or "reference".
+        impl: "auto", "triton", "hopper" (Dc 512 and Dr 64; not measured yet, so never chosen by "auto"), "cpu" or "reference".
     Returns: out [B · q_len, Hq, Dc], to be multiplied by each head's up-projection of the values; with return_lse also lse
         [B · q_len, Hq] float32 (float64 for float64 inputs). Where no key is visible out is 0 and lse is -inf.
     Raises: ContractError when shapes, dtypes or options disagree; NotSupported when no implementation takes the call.
@@ -158,6 +159,32 @@ def _triton(
     launch(out, out_lse, q_latent, q_rope, cache, page_table, seqlens_k, q_len, scale, plan)
 
 
+def _hopper_supports(q_latent: Tensor, q_rope: Tensor, cache: Tensor, q_len: int, **others: object) -> str | None:
+    return _options.latent_tma_reason(q_latent, q_rope, cache, q_len)
+
+
+# After the portable kernel until it has been measured. It spills what the ends of a piece need, and in one warpgroup's loop
+# addresses of operands, two dozen words for two tiles: 216 bytes with Triton 3.6, 200 with 3.9.
+@mla_decode.impl(
+    "hopper", needs=("wgmma", "tma", "triton"), supports=_hopper_supports, instructions=("HGMMA", "UTMALDG"), spill_bytes=216
+)
+def _hopper(
+    out: Tensor,
+    out_lse: Tensor | None,
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    seqlens_k: Tensor,
+    q_len: int,
+    scale: float | None,
+    plan: tuple[Tensor, Tensor, Tensor] | None,
+) -> None:
+    from penstock.ops.attention.mla_hopper import launch
+
+    launch(out, out_lse, q_latent, q_rope, cache, page_table, seqlens_k, q_len, scale, plan)
+
+
 @mla_decode.impl("cpu", needs=("cpu",))
 def _cpu(
     out: Tensor,
@@ -220,6 +247,8 @@ def cases() -> Iterable[Case]:
     mixed = [5, 130, 0, 64, 257, 1]
     yield _case("ragged", mixed, 16, return_lse=True)
     yield _case("ragged_128_heads", [70, 0, 129], 128, scale=0.1)
+    yield _case("ragged_24_heads_float16", mixed, 24, page_size=16, dtype=torch.float16, return_lse=True)
+    yield _case("ragged_32_heads_q_len_3", [70, 0, 2, 129], 32, q_len=3, page_size=128, return_lse=True)
     yield _case("ragged_small", mixed, 3, 40, 24, page_size=1, return_lse=True)
     yield _case("ragged_float16", mixed, 5, 64, 32, page_size=16, dtype=torch.float16)
     yield _case("ragged_float32", mixed, 2, 64, 16, page_size=32, dtype=torch.float32, return_lse=True)

@@ -8,6 +8,7 @@ wrong masks and reads outside a tensor show; shared memory is arranged as swizzl
 
 import ast
 import inspect
+import itertools
 import math
 import random
 import re
@@ -163,7 +164,9 @@ class Shared:
             self.flat.view(width // piece, rows, piece).copy_(pieces)
 
     def load(self, layout):
-        return Block(self.flat.clone().long() if len(self.shape) == 1 else self.matrix().clone())
+        if len(self.shape) == 1:
+            return Block(self.flat.clone() if self.dtype.is_floating_point else self.flat.clone().long())
+        return Block(self.matrix().clone())
 
 
 class Plain:
@@ -267,7 +270,7 @@ def inline_asm(text, constraints, arguments, dtype, is_pure, pack):
         assert text.startswith("cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1")
         codes = torch.stack([each.data.to(torch.float8_e4m3fn) for each in arguments], -1)
         return Block(codes.view(torch.int16).squeeze(-1))
-    assert "cvt.rn." in text
+    assert "cvt.rn." in text or text == "mov.b32 $0, $1;"
     return Block(arguments[0].data.to(dtype))
 
 
@@ -433,8 +436,8 @@ gl = SimpleNamespace(
     static_range=lambda *ends: map(Scalar, range(*ends)),
     minimum=_extreme(torch.minimum, min),
     maximum=_extreme(torch.maximum, max),
-    program_id=lambda axis: Scalar(HERE.number),
-    num_programs=lambda axis: Scalar(HERE.count),
+    program_id=lambda axis: Scalar(HERE.number[axis]),
+    num_programs=lambda axis: Scalar(HERE.count[axis]),
     arange=lambda begin, end, layout=None: Block(torch.arange(begin, end)),
     zeros=lambda shape, dtype, layout=None: Block(torch.zeros(shape, dtype=dtype)),
     full=lambda shape, value, dtype, layout=None: Block(torch.full(shape, value, dtype=dtype)),
@@ -493,10 +496,11 @@ def functions_of(module: ModuleType, **others: Any) -> SimpleNamespace:
     return SimpleNamespace(**names)
 
 
-def run(kernel: Any, programs: int, arguments: tuple[Any, ...]) -> None:
-    """Runs the programs one after another; raises what went wrong in one of them."""
-    for number in range(programs):
-        HERE.program, HERE.number, HERE.count, HERE.name = Program(), number, programs, "kernel"
+def run(kernel: Any, programs: int | tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+    """Runs the programs of a grid one after another; raises what went wrong in one of them."""
+    grid = (programs,) if isinstance(programs, int) else programs
+    for number in itertools.product(*map(range, grid)):
+        HERE.program, HERE.number, HERE.count, HERE.name = Program(), number, grid, "kernel"
         kernel(*arguments)
         if HERE.program.fault:
             raise HERE.program.fault
