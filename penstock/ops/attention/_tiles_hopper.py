@@ -6,13 +6,30 @@ a tile next to each other. Program p takes tiles p, 2n - 1 - p, 2n + p, ... of n
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from penstock.core.gluon import gl, gluon
 
 # Requests looked at together by the one warp that deals out tiles.
 REQUESTS = gl.constexpr(64)
 ABOVE_ALL = gl.constexpr(1 << 30)
+
+
+class Boxes(Protocol):
+    """What of a kernel's shape the copies of its keys and values depend on; as in Tile."""
+
+    @property
+    def block_n(self) -> int: ...
+    @property
+    def span(self) -> int: ...
+    @property
+    def dv(self) -> int: ...
+    @property
+    def itemsize(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -121,9 +138,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class Constants:
-    """A tile as kernels see it: each attribute a compile-time constant."""
+    """A tile, or another kernel's shape, as kernels see it: each attribute a compile-time constant."""
 
-    tile: Tile
+    tile: Any
 
     def __getattr__(self, name: str) -> Any:
         return gl.constexpr(getattr(self.tile, name))

@@ -13,6 +13,7 @@ import random
 import re
 import threading
 import time
+from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -113,7 +114,7 @@ def _cells(pointer, mask, shape=None):
     return line, at, keep
 
 
-def load(pointer, mask=True, other=0):
+def load(pointer, mask=True, other=0, cache_modifier=""):
     line, at, keep = _cells(pointer, mask)
     found = torch.full(at.shape, other, dtype=line.dtype)
     found[keep] = line[at[keep]]
@@ -125,6 +126,13 @@ def store(pointer, value, mask=True):
     shape = torch.broadcast_shapes(value.shape, pointer.data.shape if isinstance(pointer, Block) else ())
     line, at, keep = _cells(pointer, mask, shape)
     line[at[keep]] = torch.broadcast_to(value, shape)[keep].to(line.dtype)
+
+
+def atomic_add(pointer, value, sem, scope):
+    line, at, _ = _cells(pointer, True)
+    before = Scalar(int(line[at]))
+    line[at] += value
+    return before
 
 
 class Shared:
@@ -156,11 +164,13 @@ class Shared:
         else:
             rows, width = self.shape
             piece = min(width, 128 // self.dtype.itemsize)
-            pieces = value.data.view(rows, width // piece, piece).transpose(0, 1)
+            pieces = value.data.reshape(rows, width // piece, piece).transpose(0, 1)
             self.flat.view(width // piece, rows, piece).copy_(pieces)
 
     def load(self, layout):
-        return Block(self.flat.clone().long() if len(self.shape) == 1 else self.matrix().clone())
+        if len(self.shape) > 1:
+            return Block(self.matrix().clone())
+        return Block(self.flat.clone() if self.dtype.is_floating_point else self.flat.long())
 
 
 class Plain:
@@ -427,6 +437,7 @@ gl = SimpleNamespace(
     num_programs=lambda axis: Scalar(HERE.count),
     arange=lambda begin, end, layout=None: Block(torch.arange(begin, end)),
     zeros=lambda shape, dtype, layout=None: Block(torch.zeros(shape, dtype=dtype)),
+    full=lambda shape, value, dtype, layout=None: Block(torch.full(shape, value, dtype=dtype)),
     expand_dims=lambda block, axis: Block(block.data.unsqueeze(axis), block.memory),
     permute=lambda block, order: Block(block.data.permute(order)),
     reshape=lambda block, shape: Block(block.data.reshape(shape), block.memory),
@@ -439,6 +450,7 @@ gl = SimpleNamespace(
     cast=lambda value, dtype: value,
     load=load,
     store=store,
+    atomic_add=atomic_add,
     allocate_shared_memory=_allocate,
     warp_specialize=warp_specialize,
     inline_asm_elementwise=inline_asm,
@@ -480,9 +492,9 @@ def functions_of(module: ModuleType, **others: Any) -> SimpleNamespace:
     return SimpleNamespace(**names)
 
 
-def run(kernel: Any, programs: int, arguments: tuple[Any, ...]) -> None:
-    """Runs the programs one after another; raises what went wrong in one of them."""
-    for number in range(programs):
+def run(kernel: Any, programs: int, arguments: tuple[Any, ...], order: Sequence[int] | None = None) -> None:
+    """Runs the programs one after another, in this order; raises what went wrong in one of them."""
+    for number in range(programs) if order is None else order:
         HERE.program, HERE.number, HERE.count, HERE.name = Program(), number, programs, "kernel"
         kernel(*arguments)
         if HERE.program.fault:
