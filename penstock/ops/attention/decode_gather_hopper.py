@@ -1,4 +1,4 @@
-"""The pieces of a request are added by the last program that leaves one: no second kernel.
+"""What leaves a program of the Hopper kernel of decode; a request's pieces are added by the last that leaves one.
 
 A piece stands in the scratch; then its program takes a ticket. Sixteen pieces, in the order of their keys, are a group: the
 last program of a group adds them, and of more groups than one the last adds the groups. Which program adds depends on time;
@@ -84,3 +84,63 @@ def is_last(tickets, place, members):
         gl.store(tickets + place, 0)
     thread_barrier()
     return last
+
+
+@gluon.jit
+def store_results(out_ptr, lse_ptr, out_token, out_head, result, lse, request, head, row, C: gl.constexpr):
+    """Columns of an accumulator, which are query rows, to where they belong."""
+    width = gl.arange(0, C.dv, layout=gl.SliceLayout(1, C.scores_layout))
+    exists = row < C.group * C.q_len
+    token = gl.cast(request, gl.int64) * C.q_len
+    own_head = head * C.group + row % C.group
+    at = (row // C.group * out_token + own_head * out_head)[None, :] + width[:, None]
+    holds = (width < C.out_width)[:, None] & exists[None, :]
+    gl.store(out_ptr + token * out_token + at, result.to(out_ptr.dtype.element_ty), holds)
+    if C.has_lse:
+        HEADS: gl.constexpr = C.kv_heads * C.group
+        gl.store(lse_ptr + token * HEADS + (row // C.group * HEADS + own_head), lse * softmax.LN2, exists)
+
+
+@gluon.jit
+def store_piece(scratch, result, lse, first_row, row, C: gl.constexpr):
+    """The same of a piece, to the scratch."""
+    part_ptr, part_lse_ptr = scratch
+    width = gl.arange(0, C.dv, layout=gl.SliceLayout(1, C.scores_layout))
+    exists = row < C.group * C.q_len
+    holds = (width < C.out_width)[:, None] & exists[None, :]
+    gl.store(part_ptr + first_row * C.out_width + ((row * C.out_width)[None, :] + width[:, None]), result, holds)
+    gl.store(part_lse_ptr + first_row + row, lse, exists)
+
+
+@gluon.jit
+def collect(scratch, tickets, results, run, request, head, row_block, row, sink, C: gl.constexpr):
+    """Adds what there is to add once this program's piece is stored: nothing, a group, or all of the request."""
+    program, first, last, programs = run
+    count = last - first + 1
+    leader = first + (program - first) // GROUP * GROUP
+    members = gl.minimum(GROUP, last + 1 - leader)
+    side = head * C.row_blocks + row_block
+    if is_last(tickets, leader * C.kv_heads * C.row_blocks + side, members):
+        result, lse = add(scratch, (leader, 1, members, first), head, row, C)
+        if count <= GROUP:
+            _store_whole(results, result, lse, request, head, row, sink, C)
+        else:
+            store_piece(scratch, result, lse, first_row(leader, first, head, C), row, C)
+            groups = (count + GROUP - 1) // GROUP
+            if is_last(tickets, (programs + first) * C.kv_heads * C.row_blocks + side, groups):
+                total, total_lse = add(scratch, (first, GROUP, groups, first), head, row, C)
+                _store_whole(results, total, total_lse, request, head, row, sink, C)
+
+
+@gluon.jit
+def _store_whole(results, result, lse, request, head, row, sink, C: gl.constexpr):
+    """A request's sum of pieces, which have no sink yet."""
+    out_ptr, lse_ptr, out_token, out_head = results
+    if C.has_sinks:
+        dead = lse == float("-inf")
+        highest = gl.maximum(lse, sink)
+        shrink = gl.where(dead, 0.0, gl.exp2(lse - highest))
+        l = gl.where(dead, 1.0, shrink + gl.exp2(sink - highest))
+        result = result * (shrink / l)[None, :]
+        lse = gl.where(dead, float("-inf"), highest + gl.log2(l))
+    store_results(out_ptr, lse_ptr, out_token, out_head, result, lse, request, head, row, C)

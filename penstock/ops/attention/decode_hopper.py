@@ -234,66 +234,6 @@ def _normalised(o, m, weights, score_scale, value_scale, sink, C: gl.constexpr):
 
 
 @gluon.jit
-def _store_results(out_ptr, lse_ptr, out_token, out_head, result, lse, request, head, row, C: gl.constexpr):
-    """Columns of an accumulator, which are query rows, to where they belong."""
-    width = gl.arange(0, C.dv, layout=gl.SliceLayout(1, C.scores_layout))
-    exists = row < C.group * C.q_len
-    token = gl.cast(request, gl.int64) * C.q_len
-    own_head = head * C.group + row % C.group
-    at = (row // C.group * out_token + own_head * out_head)[None, :] + width[:, None]
-    holds = (width < C.out_width)[:, None] & exists[None, :]
-    gl.store(out_ptr + token * out_token + at, result.to(out_ptr.dtype.element_ty), holds)
-    if C.has_lse:
-        HEADS: gl.constexpr = C.kv_heads * C.group
-        gl.store(lse_ptr + token * HEADS + (row // C.group * HEADS + own_head), lse * softmax.LN2, exists)
-
-
-@gluon.jit
-def _store_piece(scratch, result, lse, first_row, row, C: gl.constexpr):
-    """The same of a piece, to the scratch."""
-    part_ptr, part_lse_ptr = scratch
-    width = gl.arange(0, C.dv, layout=gl.SliceLayout(1, C.scores_layout))
-    exists = row < C.group * C.q_len
-    holds = (width < C.out_width)[:, None] & exists[None, :]
-    gl.store(part_ptr + first_row * C.out_width + ((row * C.out_width)[None, :] + width[:, None]), result, holds)
-    gl.store(part_lse_ptr + first_row + row, lse, exists)
-
-
-@gluon.jit
-def _gather(scratch, tickets, results, run, request, head, row_block, row, sink, C: gl.constexpr):
-    """Adds what there is to add once this program's piece is stored: nothing, a group, or all of the request."""
-    program, first, last, programs = run
-    count = last - first + 1
-    leader = first + (program - first) // gather.GROUP * gather.GROUP
-    members = gl.minimum(gather.GROUP, last + 1 - leader)
-    side = head * C.row_blocks + row_block
-    if gather.is_last(tickets, leader * C.kv_heads * C.row_blocks + side, members):
-        result, lse = gather.add(scratch, (leader, 1, members, first), head, row, C)
-        if count <= gather.GROUP:
-            _store_whole(results, result, lse, request, head, row, sink, C)
-        else:
-            _store_piece(scratch, result, lse, gather.first_row(leader, first, head, C), row, C)
-            groups = (count + gather.GROUP - 1) // gather.GROUP
-            if gather.is_last(tickets, (programs + first) * C.kv_heads * C.row_blocks + side, groups):
-                total, total_lse = gather.add(scratch, (first, gather.GROUP, groups, first), head, row, C)
-                _store_whole(results, total, total_lse, request, head, row, sink, C)
-
-
-@gluon.jit
-def _store_whole(results, result, lse, request, head, row, sink, C: gl.constexpr):
-    """A request's sum of pieces, which have no sink yet."""
-    out_ptr, lse_ptr, out_token, out_head = results
-    if C.has_sinks:
-        dead = lse == float("-inf")
-        highest = gl.maximum(lse, sink)
-        shrink = gl.where(dead, 0.0, gl.exp2(lse - highest))
-        l = gl.where(dead, 1.0, shrink + gl.exp2(sink - highest))
-        result = result * (shrink / l)[None, :]
-        lse = gl.where(dead, float("-inf"), highest + gl.log2(l))
-    _store_results(out_ptr, lse_ptr, out_token, out_head, result, lse, request, head, row, C)
-
-
-@gluon.jit
 def _consume(args, C: gl.constexpr):
     """Multiplies what the other warp fetches, request by request."""
     (buffers, bars, plan, lengths, num_requests, programs, left, right, out_ptr, lse_ptr, out_token, out_head, part_ptr,
@@ -361,15 +301,17 @@ def _consume(args, C: gl.constexpr):
             late = row + gl.minimum(kc, 0)
             if begins & ends:
                 result, lse = _normalised(o, m, weights, row_score, value_scale, sink, C)
-                _store_results(out_ptr, lse_ptr, out_token, out_head, result, lse, request, head, late, C)
+                gather.store_results(out_ptr, lse_ptr, out_token, out_head, result, lse, request, head, late, C)
             else:
                 result, lse = _normalised(o, m, weights, row_score, value_scale, no_sink, C)
                 scratch = (part_ptr, part_lse_ptr)
-                _store_piece(scratch, result, lse, gather.first_row(program, gl.where(begins, program, -1), head, C), late, C)
+                gather.store_piece(
+                    scratch, result, lse, gather.first_row(program, gl.where(begins, program, -1), head, C), late, C
+                )
                 if C.gather:
                     results = (out_ptr, lse_ptr, out_token, out_head)
                     first, last = gather.pieces_of(unit_start, request, num_requests, programs, C)
-                    _gather(
+                    gather.collect(
                         scratch, tickets, results, (program, first, last, programs), request, head, row_block, late, sink, C
                     )
         request += 1
@@ -478,9 +420,9 @@ def candidates(itemsize: int, d: int, dv: int, rows: int) -> Iterator[HopperConf
 @tuned(candidates)
 def configure(itemsize: int, d: int, dv: int, rows: int) -> HopperConfig:
     """The default for head dimensions that are rounded up to 64, 128 or 256 and query rows to 8 … 64."""
-    fitting = [stages for stages in (1, 2, 3, 4) if held_bytes(itemsize, d, dv, rows, 64, stages) <= SHARED]
-    # From 64 values a thread on, pieces could only be loaded one after another: the second kernel spreads them.
-    return HopperConfig(64, fitting[-1], rows * dv < 8192)
+    fitting = [stages for stages in (1, 2, 3, 4, 6) if held_bytes(itemsize, d, dv, rows, 64, stages) <= SHARED]
+    # From 32 values a thread on, two pieces at most are on their way at once: the second kernel spreads them.
+    return HopperConfig(64, fitting[-1], rows * dv < 4096)
 
 
 def held_bytes(itemsize: int, d: int, dv: int, rows: int, block_n: int, stages: int) -> int:
