@@ -11,8 +11,8 @@
 
 Private files: _options.py (contract rules shared by the operators), _reference.py (the definition, and the naive computation
 that sets the error budget), _cpu.py and decode_cpu.py (the CPU path), _cases.py (drawing of test and benchmark inputs, cost of
-a call), _softmax_triton.py (device functions shared by the kernels). decode_work_hopper.py and decode_gather_hopper.py belong to
-decode_hopper.py: what a program works on, and what leaves it.
+a call), _softmax_triton.py (device functions shared by the kernels), decode_work_hopper.py and decode_gather_hopper.py (what a
+program of decode_hopper.py works on, and what leaves it).
 
 Layouts
     q, out        [T, Hq, D]: the tokens of all requests, one request after another ("packed", "varlen")
