@@ -5,12 +5,14 @@
 | prefill.py       | attention_prefill                             | prefill_triton.py      |
 | prefill_paged.py | attention_prefill_paged                       | prefill_triton.py      |
 | decode.py        | attention_decode                              | decode_triton.py       |
+|                  |                                               | decode_hopper.py       |
 | decode_plan.py   | attention_decode_plan, DecodePlan             | decode_plan_triton.py  |
 | merge.py         | merge_attention                               | merge_triton.py        |
 
 Private files: _options.py (contract rules shared by the operators), _reference.py (the definition, and the naive computation
 that sets the error budget), _cpu.py and decode_cpu.py (the CPU path), _cases.py (drawing of test and benchmark inputs, cost of
-a call), _softmax_triton.py (device functions shared by the kernels).
+a call), _softmax_triton.py (device functions shared by the kernels), decode_work_hopper.py and decode_gather_hopper.py (what a
+program of decode_hopper.py works on, and what leaves it).
 
 Layouts
     q, out        [T, Hq, D]: the tokens of all requests, one request after another ("packed", "varlen")

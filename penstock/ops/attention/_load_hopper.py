@@ -9,7 +9,7 @@ from torch import Tensor
 
 from penstock.core.gluon import TensorDescriptor, gl, gluon, mbarrier, reinterpret, thread_barrier, tma_load
 from penstock.ops.attention import _tiles_hopper as tiles
-from penstock.ops.attention._tiles_hopper import Tile
+from penstock.ops.attention._tiles_hopper import Boxes, Tile
 
 # Where the second dimension of rows ends.
 END = gl.constexpr(1 << 30)
@@ -21,7 +21,7 @@ def rows_descriptor(rows: Tensor, tile: Tile) -> TensorDescriptor:
     return _descriptor(rows, stride(rows, 0), rows.shape[1], stride(rows, 1), [1, 1, tile.part_tokens, tile.group, columns])
 
 
-def keys_descriptor(keys: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
+def keys_descriptor(keys: Tensor, tile: Boxes) -> tuple[TensorDescriptor, int]:
     """[END, end of the rows, row before it, page and head, column] of keys or values [P, S, Hkv, D] or [T, Hkv, D].
 
     Also how many steps of the fourth dimension make a page.
@@ -46,15 +46,15 @@ def dealt_descriptor(keys: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
     return TensorDescriptor(keys, shape, [head, 16 * row, 4 * row, row, 1], box, layout), page
 
 
-def turned_descriptor(values: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
+def turned_descriptor(values: Tensor, tile: Boxes) -> tuple[TensorDescriptor, int]:
     """[page and head, column, slot] of values [P, S, Hkv, Dv] whose slots are next to each other; also the steps of a page."""
     heads, head, page = _page_steps(values)
-    layout = gl.NVMMASharedLayout(tile.values_swizzle, tile.bits, rank=3)
+    layout = gl.NVMMASharedLayout(min(128, tile.block_n * tile.itemsize), tile.bits, rank=3)
     shape, box = [heads, values.shape[3], values.shape[1]], [1, tile.dv, tile.block_n]
     return TensorDescriptor(values, shape, [head, stride(values, 3), 1], box, layout), page
 
 
-def scales_descriptor(scales: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
+def scales_descriptor(scales: Tensor, tile: Boxes) -> tuple[TensorDescriptor, int]:
     """[page and head, slot] of the scales of keys [P, S, Hkv] whose slots are next to each other; also the steps of a page."""
     heads, head, page = _page_steps(scales)
     layout = gl.NVMMASharedLayout(0, 32, rank=2)
@@ -63,9 +63,10 @@ def scales_descriptor(scales: Tensor, tile: Tile) -> tuple[TensorDescriptor, int
 
 def _page_steps(pages: Tensor) -> tuple[int, int, int]:
     """(steps of a dimension that runs through pages and heads, its stride, how many steps make a page)."""
-    page = stride(pages, 0)
-    head = stride(pages, 2) if pages.shape[2] > 1 else page
-    return max(pages.shape[0], 1) * page // head, head, page // head
+    count, heads = pages.shape[0], pages.shape[2]
+    head = pages.stride(2) if heads > 1 else stride(pages, 0)
+    page = pages.stride(0) if count > 1 else heads * head
+    return max(count, 1) * page // head, head, page // head
 
 
 def stride(tensor: Tensor, dim: int) -> int:
@@ -114,7 +115,7 @@ def filled(full, turn, there, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _emptied(empty, turn, STAGES: gl.constexpr):
+def emptied(empty, turn, STAGES: gl.constexpr):
     """Waits until all have read what the stage of the turn-th use held; a new barrier says so of the phase before its first."""
     mbarrier.wait(empty.index(turn % STAGES), ((turn // STAGES) & 1) ^ 1)
 
@@ -251,7 +252,7 @@ def produce(args, C: gl.constexpr):
             level, count = tiles.next_level(cu_seqlens_q, lengths, num_requests, level, C)
         q_stage = step % C.q_stages
         if (head >= heads) | (section_tiles == 0):
-            _emptied(q_empty, step, C.q_stages)
+            emptied(q_empty, step, C.q_stages)
             _post(mail.index(q_stage), -1, 0, 0, 0, 0, (0, 0, 0), C)
             mbarrier.arrive(q_full.index(q_stage), count=2)
             running = gl.to_tensor(0)
@@ -283,7 +284,7 @@ def produce(args, C: gl.constexpr):
             for block in range(end - first + 1):
                 if block < end - first:
                     stage = kc % C.stages
-                    _emptied(k_empty, kc, C.stages)
+                    emptied(k_empty, kc, C.stages)
                     if C.has_blocks:
                         listed_block = tiles.listed_at(listed, skipped + end - 1 - block, met, C)
                         _post_block(walked.index(stage), listed_block)
@@ -306,7 +307,7 @@ def produce(args, C: gl.constexpr):
                     kc += 1
                 if block == 0:
                     # After the keys: the memory of the queries may be in use for longer.
-                    _emptied(q_empty, step, C.q_stages)
+                    emptied(q_empty, step, C.q_stages)
                     walk = (full_first, full_end, end)
                     _post(mail.index(q_stage), row, q_len, k_len, q_begin + q_len, head, walk, C)
                     mbarrier.arrive(q_full.index(q_stage), count=1)
@@ -317,7 +318,7 @@ def produce(args, C: gl.constexpr):
                         _fetch_queries(q_desc, q_tail_pieces, bar, q_stage, head, q_begin, q_len, row, C.tail, C.d, C)
                 else:
                     stage = vc % C.stages
-                    _emptied(v_empty, vc, C.stages)
+                    emptied(v_empty, vc, C.stages)
                     mbarrier.expect(v_full.index(stage), VALUE_BYTES)
                     key = (end - block) * C.block_n
                     if C.has_blocks:

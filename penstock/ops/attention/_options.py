@@ -102,13 +102,23 @@ def tma_reason(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, page_size: i
     return _unaligned({"q": q, "k": k, "v": v, "out": out})
 
 
-def fp8_tma_reason(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor | None, k_scale: Tensor | None) -> str | None:
-    """Why the Hopper kernel of prefill does not take the call on FP8 values, or None."""
+def fp8_tma_reason(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor | None,
+    k_scale: Tensor | None,
+    block: int = 128,
+    widest: int = 128,
+) -> str | None:
+    """Why a Hopper kernel whose blocks are so many keys does not take the call on FP8 values, or None."""
     for name, size in (("q", q.shape[-1]), ("v_cache", v_cache.shape[-1])):
-        if not 64 <= size <= 128:
-            return f"the head dimension {size} of {name} is not from 64 to 128, which FP8 tiles hold"
-    if k_cache.shape[1] not in (128, 256):
-        return f"page_size {k_cache.shape[1]} is not 128 or 256; a block of FP8 values is 128 slots of one page"
+        if not 64 <= size <= widest:
+            return f"the head dimension {size} of {name} is not from 64 to {widest}, which FP8 tiles hold"
+    sizes = [size for size in (64, 128, 256) if size >= block]
+    if k_cache.shape[1] not in sizes:
+        known = f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}"
+        return f"page_size {k_cache.shape[1]} is not {known}; a block of FP8 values is {block} slots of one page"
     if out is not None and out.dtype is torch.float32:
         return "out is float32; the kernel writes float16 or bfloat16"
     if v_cache.stride(1) != 1:

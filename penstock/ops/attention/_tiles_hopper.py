@@ -6,7 +6,7 @@ a tile next to each other. Program p takes tiles p, 2n - 1 - p, 2n + p, ... of n
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from penstock.core.gluon import gl, gluon
 
@@ -15,6 +15,23 @@ REQUESTS = gl.constexpr(64)
 ABOVE_ALL = gl.constexpr(1 << 30)
 # Queries and keys that one element of a block mask stands for.
 MASK_BLOCK = gl.constexpr(128)
+
+
+class Boxes(Protocol):
+    """What of a kernel's shape the copies of its keys and values depend on; as in Tile."""
+
+    @property
+    def block_n(self) -> int: ...
+    @property
+    def span(self) -> int: ...
+    @property
+    def dv(self) -> int: ...
+    @property
+    def itemsize(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -134,9 +151,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class Constants:
-    """A tile as kernels see it: each attribute a compile-time constant."""
+    """A tile, or another kernel's shape, as kernels see it: each attribute a compile-time constant."""
 
-    tile: Tile
+    tile: Any
 
     def __getattr__(self, name: str) -> Any:
         return gl.constexpr(getattr(self.tile, name))

@@ -15,6 +15,8 @@ from penstock.ops.attention import _options
 TILE = 64
 # Query rows (heads of one group × q_len) that one program of the decode kernel takes at most.
 MAX_ROWS = 64
+# Those that one takes at least, where there are more.
+FEWEST_ROWS = 32
 # A request costs this many tiles more than it has: to find its pages and fill the load pipeline. Programs with many short
 # requests would otherwise be the last to finish.
 LEAD = 2
@@ -37,11 +39,14 @@ class DecodePlan(NamedTuple):
         unit_start: [B+1] units of the requests before b.
         first_tile: [B] tiles at the front that the window hides.
         first_request: [C] the request of each program's first unit; B for a program with no work.
+        tickets: zeros, in which a kernel counts the pieces of requests, and which it leaves zero: calls that share a plan must
+            follow one another.
     """
 
     unit_start: Tensor
     first_tile: Tensor
     first_request: Tensor
+    tickets: Tensor
 
 
 def _at_least_one(value: object) -> str | None:
@@ -60,8 +65,8 @@ SPEC = {
 
 
 @op(
-    "(Tensor(a!) out_unit_start, Tensor(b!) out_first_tile, Tensor(c!) out_first_request, Tensor seqlens_k, int num_heads_q,"
-    " int num_heads_kv, int head_dim, int page_size, int q_len, int window_left) -> ()",
+    "(Tensor(a!) out_unit_start, Tensor(b!) out_first_tile, Tensor(c!) out_first_request, Tensor(d!) out_tickets,"
+    " Tensor seqlens_k, int num_heads_q, int num_heads_kv, int head_dim, int page_size, int q_len, int window_left) -> ()",
     SPEC,
 )
 def attention_decode_plan(
@@ -91,7 +96,7 @@ def attention_decode_plan(
         window: as in attention_decode.
         device: where to plan; the device of seqlens_k by default.
         impl: "auto", "triton" or "reference".
-    Returns: DecodePlan, three int32 tensors of B + 1, B and C elements; C depends on the device and the heads alone.
+    Returns: DecodePlan, four int32 tensors; the length of the last two depends on the device and the heads alone.
     Raises: ContractError when arguments disagree; NotSupported when no implementation takes the call.
     Source: uniform tiles dealt out in advance, as in FlashInfer, arXiv:2501.01005, section 3.3.
     """
@@ -101,10 +106,12 @@ def attention_decode_plan(
     options = (num_heads_q, num_heads_kv, head_dim, page_size, q_len, left)
     launch = attention_decode_plan.pick(impl, seqlens_k, *options)
     B = seqlens_k.shape[0]
+    C = num_programs(seqlens_k.device, num_heads_q, num_heads_kv, head_dim, q_len)
     plan = DecodePlan(
         seqlens_k.new_empty(B + 1),
         seqlens_k.new_empty(B),
-        seqlens_k.new_empty(num_programs(seqlens_k.device, num_heads_q, num_heads_kv, head_dim, q_len)),
+        seqlens_k.new_empty(C),
+        seqlens_k.new_empty(num_tickets(C, num_heads_q, num_heads_kv, q_len)),
     )
     launch(*plan, seqlens_k, *options)
     return plan
@@ -122,6 +129,11 @@ def num_programs(device: torch.device, num_heads_q: int, num_heads_kv: int, head
     return max(1, per_sm * num_sms(device) // side)
 
 
+def num_tickets(programs: int, num_heads_q: int, num_heads_kv: int, q_len: int) -> int:
+    """For each program, KV head and 32 query rows two: groups of pieces, and groups of these."""
+    return 2 * programs * num_heads_kv * -(-(num_heads_q // num_heads_kv) * q_len // FEWEST_ROWS)
+
+
 @attention_decode_plan.relation
 def _relation(num_heads_q: int, num_heads_kv: int, **others: object) -> tuple[str, str] | None:
     if num_heads_q % num_heads_kv:
@@ -132,7 +144,7 @@ def _relation(num_heads_q: int, num_heads_kv: int, **others: object) -> tuple[st
 @attention_decode_plan.reference
 def _reference(
     seqlens_k: Tensor, num_heads_q: int, num_heads_kv: int, head_dim: int, page_size: int, q_len: int, window_left: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     lengths = seqlens_k.long()
     hidden = (lengths - q_len - window_left).clamp(min=0) if window_left >= 0 else torch.zeros_like(lengths)
     first_tile = hidden // TILE
@@ -145,7 +157,8 @@ def _reference(
     starts = torch.arange(C, device=seqlens_k.device) * total // max(working, 1)
     first_request = torch.searchsorted(unit_end, starts, right=True)
     first_request[working:] = len(lengths)
-    return unit_start.int(), first_tile.int(), first_request.int()
+    tickets = first_request.new_zeros(num_tickets(C, num_heads_q, num_heads_kv, q_len))
+    return unit_start.int(), first_tile.int(), first_request.int(), tickets.int()
 
 
 @attention_decode_plan.impl("triton", needs=("triton",))
@@ -153,6 +166,7 @@ def _triton(
     unit_start: Tensor,
     first_tile: Tensor,
     first_request: Tensor,
+    tickets: Tensor,
     seqlens_k: Tensor,
     num_heads_q: int,
     num_heads_kv: int,
@@ -163,7 +177,7 @@ def _triton(
 ) -> None:
     from penstock.ops.attention.decode_plan_triton import launch
 
-    launch(unit_start, first_tile, first_request, seqlens_k, q_len, window_left)
+    launch(unit_start, first_tile, first_request, tickets, seqlens_k, q_len, window_left)
 
 
 @attention_decode_plan.cost

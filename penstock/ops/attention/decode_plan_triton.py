@@ -18,14 +18,16 @@ def _units(seqlens_ptr, requests, B, q_len, left, HAS_LEFT: tl.constexpr, LEAD: 
     return tl.where(tiles > 0, tiles + LEAD, 0), hidden
 
 
-@triton.jit(do_not_specialize=["B", "C", "q_len", "left"])
+@triton.jit(do_not_specialize=["B", "C", "num_tickets", "q_len", "left"])
 def _plan_kernel(
     unit_start_ptr,
     first_tile_ptr,
     first_request_ptr,
+    tickets_ptr,
     seqlens_ptr,
     B,
     C,
+    num_tickets,
     q_len,
     left,
     HAS_LEFT: tl.constexpr,
@@ -59,10 +61,18 @@ def _plan_kernel(
     if tl.program_id(0) == 0:
         tl.store(unit_start_ptr, 0)
     tl.store(first_request_ptr + entries, tl.where(entries < working, passed, B), entries < C)
+    for first in tl.range(tl.program_id(0) * BLOCK, num_tickets, tl.num_programs(0) * BLOCK):
+        tl.store(tickets_ptr + first + steps, 0, first + steps < num_tickets)
 
 
 def launch(
-    unit_start: Tensor, first_tile: Tensor, first_request: Tensor, seqlens_k: Tensor, q_len: int, window_left: int
+    unit_start: Tensor,
+    first_tile: Tensor,
+    first_request: Tensor,
+    tickets: Tensor,
+    seqlens_k: Tensor,
+    q_len: int,
+    window_left: int,
 ) -> None:
     """Launches over the plan's programs, 32 to a program."""
     C = first_request.shape[0]
@@ -71,9 +81,11 @@ def launch(
         unit_start,
         first_tile,
         first_request,
+        tickets,
         seqlens_k,
         seqlens_k.shape[0],
         C,
+        tickets.shape[0],
         q_len,
         window_left,
         HAS_LEFT=window_left >= 0,

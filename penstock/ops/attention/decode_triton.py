@@ -335,7 +335,7 @@ def launch(
     q_scale: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-    plan: tuple[Tensor, Tensor, Tensor] | None,
+    plan: tuple[Tensor, ...] | None,
 ) -> None:
     """Launches over KV heads, the plan's programs and blocks of rows, then the sum of pieces over tokens and heads."""
     T, Hq, D = q.shape
@@ -359,7 +359,7 @@ def launch(
         if plan is None:
             shape = {"num_heads_q": Hq, "num_heads_kv": Hkv, "head_dim": D, "page_size": page_size, "q_len": q_len}
             plan = attention_decode_plan(seqlens_k, **shape, window=(window_left, -1), impl="triton")
-        unit_start, first_tile, first_request = plan
+        unit_start, first_tile, first_request = plan[:3]
         programs = first_request.shape[0]
         part = q.new_empty(2 * programs, Hkv, rows, Dv, dtype=torch.float32)
         part_lse = q.new_empty(2 * programs, Hkv, rows, dtype=torch.float32)

@@ -152,7 +152,7 @@ def _triton(
     seqlens_k: Tensor,
     q_len: int,
     scale: float | None,
-    plan: tuple[Tensor, Tensor, Tensor] | None,
+    plan: tuple[Tensor, ...] | None,
 ) -> None:
     from penstock.ops.attention.mla_triton import launch
 
@@ -178,7 +178,7 @@ def _hopper(
     seqlens_k: Tensor,
     q_len: int,
     scale: float | None,
-    plan: tuple[Tensor, Tensor, Tensor] | None,
+    plan: tuple[Tensor, ...] | None,
 ) -> None:
     from penstock.ops.attention.mla_hopper import launch
 

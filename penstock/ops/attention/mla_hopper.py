@@ -520,7 +520,7 @@ def launch(
     seqlens_k: Tensor,
     q_len: int,
     scale: float | None,
-    plan: tuple[Tensor, Tensor, Tensor] | None,
+    plan: tuple[Tensor, ...] | None,
 ) -> None:
     """Launches over blocks of rows and the plan's programs, then the sum of pieces over tokens and heads."""
     T, Hq, Dc = q_latent.shape
@@ -548,7 +548,7 @@ def launch(
         part,
         part_lse,
         seqlens_k,
-        *plan,
+        *plan[:3],
         page_table,
         page_table.stride(0),
         pages,

@@ -204,7 +204,7 @@ def launch(
     seqlens_k: Tensor,
     q_len: int,
     scale: float | None,
-    plan: tuple[Tensor, Tensor, Tensor] | None,
+    plan: tuple[Tensor, ...] | None,
 ) -> None:
     """Launches over blocks of rows and the plan's programs, then the sum of pieces over tokens and heads."""
     T, Hq, Dc = q_latent.shape
@@ -218,7 +218,7 @@ def launch(
     if plan is None:
         shape = {"num_heads_q": Hq, "num_heads_kv": 1, "head_dim": Dc + Dr, "page_size": page_size, "q_len": q_len}
         plan = attention_decode_plan(seqlens_k, **shape, impl="triton")
-    unit_start, first_tile, first_request = plan
+    unit_start, first_tile, first_request = plan[:3]
     programs = first_request.shape[0]
     part = out.new_empty(2 * programs, 1, rows, Dc, dtype=torch.float32)
     part_lse = out.new_empty(2 * programs, 1, rows, dtype=torch.float32)

@@ -14,6 +14,7 @@ import random
 import re
 import threading
 import time
+from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -117,7 +118,7 @@ def _cells(pointer, mask, shape=None):
     return line, at, keep
 
 
-def load(pointer, mask=True, other=0):
+def load(pointer, mask=True, other=0, cache_modifier=""):
     line, at, keep = _cells(pointer, mask)
     found = torch.full(at.shape, other, dtype=line.dtype)
     found[keep] = line[at[keep]]
@@ -129,6 +130,13 @@ def store(pointer, value, mask=True):
     shape = torch.broadcast_shapes(value.shape, pointer.data.shape if isinstance(pointer, Block) else ())
     line, at, keep = _cells(pointer, mask, shape)
     line[at[keep]] = torch.broadcast_to(value, shape)[keep].to(line.dtype)
+
+
+def atomic_add(pointer, value, sem, scope):
+    line, at, _ = _cells(pointer, True)
+    before = Scalar(int(line[at]))
+    line[at] += value
+    return before
 
 
 class Shared:
@@ -160,7 +168,7 @@ class Shared:
         else:
             rows, width = self.shape
             piece = min(width, 128 // self.dtype.itemsize)
-            pieces = value.data.view(rows, width // piece, piece).transpose(0, 1)
+            pieces = value.data.reshape(rows, width // piece, piece).transpose(0, 1)
             self.flat.view(width // piece, rows, piece).copy_(pieces)
 
     def load(self, layout):
@@ -455,6 +463,7 @@ gl = SimpleNamespace(
     cast=lambda value, dtype: value,
     load=load,
     store=store,
+    atomic_add=atomic_add,
     allocate_shared_memory=_allocate,
     warp_specialize=warp_specialize,
     inline_asm_elementwise=inline_asm,
@@ -496,11 +505,12 @@ def functions_of(module: ModuleType, **others: Any) -> SimpleNamespace:
     return SimpleNamespace(**names)
 
 
-def run(kernel: Any, programs: int | tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-    """Runs the programs of a grid one after another; raises what went wrong in one of them."""
+def run(kernel: Any, programs: int | tuple[int, ...], arguments: tuple[Any, ...], order: Sequence[int] | None = None) -> None:
+    """Runs the programs of a grid one after another, in this order; raises what went wrong in one of them."""
     grid = (programs,) if isinstance(programs, int) else programs
-    for number in itertools.product(*map(range, grid)):
-        HERE.program, HERE.number, HERE.count, HERE.name = Program(), number, grid, "kernel"
+    places = list(itertools.product(*map(range, grid)))
+    for place in places if order is None else [places[index] for index in order]:
+        HERE.program, HERE.number, HERE.count, HERE.name = Program(), place, grid, "kernel"
         kernel(*arguments)
         if HERE.program.fault:
             raise HERE.program.fault

@@ -22,7 +22,7 @@ HEADS = {"num_heads_q": 4, "num_heads_kv": 2, "head_dim": 32, "page_size": 16}
 
 def runs(plan: DecodePlan) -> list[list[tuple[int, int]]]:
     """Each program's units as (request, tile of the request or -1), read off the plan the way the kernel does."""
-    unit_start, first_tile, first_request = (values.tolist() for values in plan)
+    unit_start, first_tile, first_request, _ = (values.tolist() for values in plan)
     total, C = unit_start[-1], len(first_request)
     working = min(C, -(-total // SHARE))
     found = []
@@ -62,7 +62,7 @@ def test_every_tile_is_assigned_once_and_work_is_equal(seqlens, heads, q_len, le
     units = len(wanted) + LEAD * len({b for b, _ in wanted})
     assert len(sizes) == min(len(work), -(-units // SHARE))
     assert len(work) == num_programs(lengths.device, *heads, 128, q_len)
-    assert all(values.dtype == torch.int32 for values in plan)
+    assert all(values.dtype == torch.int32 for values in plan) and not plan.tickets.any()
 
 
 def test_scratch_does_not_grow_with_the_batch():
@@ -119,7 +119,8 @@ def test_any_number_of_programs_gives_the_same_result(device):
         starts = torch.arange(C) * total // min(C, -(-total // SHARE))
         first_request = torch.searchsorted(ends, starts, right=True).int()
         unit_start = torch.cat([ends.new_zeros(1), ends]).int()
-        plan = DecodePlan(unit_start.to(device), torch.zeros(4, dtype=torch.int32, device=device), first_request.to(device))
+        parts = (unit_start, torch.zeros(4, dtype=torch.int32), first_request, torch.zeros(0, dtype=torch.int32))
+        plan = DecodePlan(*(part.to(device) for part in parts))
         out, lse = attention_decode(**arguments, plan=plan, impl="triton")
         torch.testing.assert_close(out, want, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(lse, want_lse, atol=1e-6, rtol=1e-5)
