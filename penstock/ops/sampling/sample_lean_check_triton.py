@@ -1,6 +1,6 @@
 """Top-p of what sample_lean_row_triton leaves open: the masses before the records, approximately, then the decision.
 
-A float32 sum with a bound of its error decides all but a few rows of 100,000, at a third of the instructions of integer weights;
+A float32 sum with a bound of its error decides all but a few rows of 100,000, with half the instructions of integer weights;
 where it does not, and where all records are dropped, the row's one program goes on alone with integers.
 """
 
@@ -117,10 +117,10 @@ def check_kernel(
 def _error(before, terms, V):
     """A bound of the error of a mass before an id: `terms` powers were added in each sum.
 
-    Each addition rounds by 2**-24; a power and its weight differ by 2**-21 (ex2.approx, the polynomial's rounding), for which 64
-    stand; and by 1 an id, rounded down, and by 1 a sum.
+    Each addition rounds by 2**-24; a power and its weight differ by 2**-21 (ex2.approx, the polynomial's rounding), for which
+    64 stand; and by 1 an id, rounded down, and by 1 a sum.
     """
-    return ((before >> 24) + 1) * (terms + 64) + 2 * V.to(tl.int64) + 4096
+    return ((before >> 24) + 1) * (terms + 64) + 2 * V + 4096
 
 
 @triton.jit(do_not_specialize=["terms"])

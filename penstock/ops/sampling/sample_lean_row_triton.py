@@ -99,7 +99,7 @@ def row_kernel(
         offset = tl.load(offsets_ptr + row)
         scale = scale_of(tl.where(heat > 0, heat, 1.0))
         if MAY_CUT_BY_COUNT:
-            bits, unused = random_words(seed, offset, STREAM, tl.zeros([], tl.int32))
+            bits, _more = random_words(seed, offset, STREAM, tl.zeros([], tl.int32))
         if MAY_BE_WHOLE:
             first_words, second_words = words_of_turns(0, seed, offset, TURNS if MAY_PEND else 1)
     if EARLY:
@@ -138,7 +138,7 @@ def row_kernel(
                 if number <= PAIRS:
                     drawn = select_pairs(number, k, p, smallest, bits, top, scale, candidates_ptr, candidate_ids_ptr)
                 else:
-                    drawn, cut, cut_id, mass = select_searching(
+                    drawn, _cut, _cut_id, _kept = select_searching(
                         number,
                         k,
                         p,

@@ -121,7 +121,7 @@ def row_kernel(
                     PADDED_TILES,
                     TILE,
                 )
-                bits, _ = random_words(seed, offset, STREAM, tl.zeros([], tl.int32))
+                bits, _more = random_words(seed, offset, STREAM, tl.zeros([], tl.int32))
                 if number <= PAIRS:
                     drawn, cut, cut_id, kept = select_pairs(
                         number, k, p, smallest, bits, top, scale, candidates_ptr, candidate_ids_ptr
@@ -153,8 +153,8 @@ def row_kernel(
                     mode = tl.full([], BY_MASS, tl.int32)
                     needed = at_least(p, total)
                 pending = ((p < 1) | (floor > 0)).to(tl.int32)
-                bits, more = words_of_turns(0, seed, offset, TURNS)
-                ids, x, _ = draw_turns(bits, more, cumulative, total, scale, logits_ptr, V, TILE)
+                firsts, seconds = words_of_turns(0, seed, offset, TURNS)
+                ids, x, _ties = draw_turns(firsts, seconds, cumulative, total, scale, logits_ptr, V, TILE)
                 turns = tl.arange(0, TURNS)
                 tl.store(out_ptr + row, tl.sum(tl.where(turns == 0, ids, 0)))
                 good = weigh(x, top, scale) >= smallest
@@ -163,8 +163,8 @@ def row_kernel(
                 tl.store(drawn_x_ptr + row * TURNS + turns, tl.where(good, x, float("inf")))
                 tl.store(before_ptr + row * TURNS + turns, tl.zeros([TURNS], tl.int64))
             else:
-                bits, more = words_of_turns(0, seed, offset, 1)
-                ids, _, _ = draw_turns(bits, more, cumulative, total, scale, logits_ptr, V, TILE)
+                firsts, seconds = words_of_turns(0, seed, offset, 1)
+                ids, _drawn_x, _ties = draw_turns(firsts, seconds, cumulative, total, scale, logits_ptr, V, TILE)
                 tl.store(out_ptr + row, tl.sum(ids))
         tl.store(floats_ptr + TOP, top)
         tl.store(floats_ptr + SCALE, scale)

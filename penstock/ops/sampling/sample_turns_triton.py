@@ -33,7 +33,7 @@ def words_of_turns(first, seed, offset, NUMBER: tl.constexpr):
 
 @triton.jit
 def draw_turns(bits, more, cumulative, total, scale, logits_ptr, V, TILE: tl.constexpr):
-    """(ids, their logits, how many equal logits stand before each in its tile) of turns: a tile by its mass, then an id in it."""
+    """(ids, their logits, equal logits before each in its tile) of turns: a tile by its mass, then an id in it."""
     target = tl.umulhi(bits, tl.zeros_like(bits) + total.to(tl.uint64)).to(tl.int64)
     tile = tl.sum((cumulative[None, :] <= target[:, None]).to(tl.int32), axis=1)
     columns = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
@@ -156,7 +156,7 @@ def decide_kernel(
             going = True
             while going:
                 bits, more = words_of_turns(turn, seed, offset, 1)
-                found, found_x, _ = draw_turns(bits, more, cumulative, total, scale, logits_ptr, V, TILE)
+                found, found_x, _ties = draw_turns(bits, more, cumulative, total, scale, logits_ptr, V, TILE)
                 drawn = tl.sum(found)
                 drawn_x = tl.sum(found_x)
                 turn += 1
