@@ -38,9 +38,20 @@ PEER_ERROR = 0.03
 BAND = 16
 
 
-# References that loop over rows, each of which depends on its own row alone: judged on a few random rows.
+# References that loop over rows, each of which depends on its own row alone: judged on a few random rows, counted by the first.
 ROWWISE = {
     "sample": ("logits", "seeds", "offsets", "temperature", "top_k", "top_p", "min_p"),
+    "verify_draft": (
+        "target_logits",
+        "draft_ids",
+        "draft_probs",
+        "seeds",
+        "offsets",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+    ),
     "log_probs": ("logits", "ids"),
     "apply_penalties": ("logits", "output_counts", "prompt_mask", "repetition", "presence", "frequency"),
 }
@@ -124,8 +135,8 @@ def _judge(name: str, op: Op, got: Tensor, expected: Expected) -> None:
 
 def _parts(op: Op, arguments: Arguments) -> Iterator[tuple[Arguments, Tensor | None]]:
     """The calls to compare, each with the rows of the whole result that it computes; None: all of them."""
-    if op.name in ROWWISE and len(arguments["logits"]) > ROWS:
-        logits = arguments["logits"]
+    if op.name in ROWWISE and len(arguments[ROWWISE[op.name][0]]) > ROWS:
+        logits = arguments[ROWWISE[op.name][0]]
         chosen = torch.randperm(len(logits), device=logits.device)[:ROWS]
         rows = {name: arguments[name] for name in ROWWISE[op.name] if isinstance(arguments.get(name), Tensor)}
         yield {**arguments, **{name: value[chosen] for name, value in rows.items()}}, chosen

@@ -1,5 +1,6 @@
 """A program owns some rows of one head's state: it reads them once, writes them once, and sums over N for its rows of y."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
@@ -7,17 +8,30 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.core.device import num_sms
+from penstock.core.tuning import tuned
 from penstock.ops.recurrent._segments_triton import silu, softplus
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Rows of the state in a program."""
+    """Rows of the state in a program; whether the second-level cache is told that the state is not read again soon."""
 
     rows: int
     num_warps: int
+    streams: bool = False
 
 
+def candidates(P: int, N: int, itemsize: int, heads: int, sms: int) -> Iterator[Launch]:
+    """More rows put more bytes in flight, fewer leave a shorter last round; in two bytes a row has half the vectors."""
+    for rows in (4, 8, 16, 32, 64):
+        for num_warps in (1, 2, 4, 8):
+            # From one vector of 16 bytes a lane to eight.
+            if rows <= triton.next_power_of_2(P) and 16 <= rows * N * itemsize // (32 * num_warps) <= 128:
+                yield Launch(rows, num_warps)
+                yield Launch(rows, num_warps, streams=True)
+
+
+@tuned(candidates)
 def configure(P: int, N: int, itemsize: int, heads: int, sms: int) -> Launch:
     """Values of the state in a program: 1,024 of float32, 4,096 of two bytes; fewer where multiprocessors would have no work.
 
@@ -71,6 +85,7 @@ def _state_update_kernel(
     N: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STREAMS: tl.constexpr,
 ):
     p = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
@@ -85,7 +100,8 @@ def _state_update_kernel(
         return
     cell = state_ptr + slot * state_slot + head * state_head + p[:, None] * state_row + n[None, :]
     inside = (p < P)[:, None] & (n < N)[None, :]
-    h = tl.load(cell, inside, other=0.0).to(tl.float32)
+    policy: tl.constexpr = "evict_first" if STREAMS else ""
+    h = tl.load(cell, inside, other=0.0, eviction_policy=policy).to(tl.float32)
     step = tl.load(dt_ptr + request * dt_row + head * dt_head).to(tl.float32)
     if HAS_BIAS:
         step += tl.load(bias_ptr + head).to(tl.float32)
@@ -98,7 +114,7 @@ def _state_update_kernel(
     b = tl.load(B_ptr + request * B_row + group * B_group + n, n < N, other=0.0).to(tl.float32)
     c = tl.load(C_ptr + request * C_row + group * C_group + n, n < N, other=0.0).to(tl.float32)
     h = h * decay + (x * step)[:, None] * b[None, :]
-    tl.store(cell, h.to(state_ptr.dtype.element_ty), inside)
+    tl.store(cell, h.to(state_ptr.dtype.element_ty), inside, eviction_policy=policy)
     y = tl.sum(h * c[None, :], 1)
     if HAS_D:
         y += tl.load(D_ptr + head).to(tl.float32) * x
@@ -128,7 +144,7 @@ def launch(
     G, N = B.shape[1:]
     if x.numel() == 0:
         return
-    config = configure(P, N, state.element_size(), batch * H, num_sms(x.device))
+    config = configure.on(x.device, P, N, state.element_size(), batch * H, num_sms(x.device))
     _state_update_kernel[(triton.cdiv(P, config.rows), H, batch)](
         out,
         state,
@@ -160,5 +176,6 @@ def launch(
         N=N,
         ROWS=config.rows,
         BLOCK_N=triton.next_power_of_2(max(N, 1)),
+        STREAMS=config.streams,
         num_warps=config.num_warps,
     )

@@ -165,5 +165,6 @@ def cases() -> Iterable[Case]:
     yield case("single_column", 3, 1, 1)
     yield case("empty", 0, 100, 5)
     yield case("vocabulary_128256", 2, 128256, 8)
-    yield case("decode_64x128k", 64, 131072, 0, bench=True)
-    yield case("decode_64x128k_top_20", 64, 131072, 20, bench=True)
+    for B in (1, 64, 512):
+        yield case(f"decode_{B}x128k", B, 131072, 0, bench=True)
+        yield case(f"decode_{B}x128k_top_20", B, 131072, 20, bench=True)

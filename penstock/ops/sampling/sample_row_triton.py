@@ -24,7 +24,7 @@ from penstock.ops.sampling.sample_scan_triton import (
     WHOLE,
 )
 from penstock.ops.sampling.sample_select_triton import PAIRS, count_bound, list_candidates, select_pairs, select_searching
-from penstock.ops.sampling.sample_turns_triton import STREAM, TURNS, draw_turns, masses_of_tiles
+from penstock.ops.sampling.sample_turns_triton import STREAM, TURNS, draw_turns, masses_of_tiles, words_of_turns
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def row_kernel(
                     PADDED_TILES,
                     TILE,
                 )
-                bits, _ = random_words(seed, offset, STREAM, tl.zeros([], tl.int32))
+                bits, _more = random_words(seed, offset, STREAM, tl.zeros([], tl.int32))
                 if number <= PAIRS:
                     drawn, cut, cut_id, kept = select_pairs(
                         number, k, p, smallest, bits, top, scale, candidates_ptr, candidate_ids_ptr
@@ -153,7 +153,8 @@ def row_kernel(
                     mode = tl.full([], BY_MASS, tl.int32)
                     needed = at_least(p, total)
                 pending = ((p < 1) | (floor > 0)).to(tl.int32)
-                ids, x = draw_turns(0, cumulative, total, scale, seed, offset, logits_ptr, V, TURNS, TILE)
+                firsts, seconds = words_of_turns(0, seed, offset, TURNS)
+                ids, x, _ties = draw_turns(firsts, seconds, cumulative, total, scale, logits_ptr, V, TILE)
                 turns = tl.arange(0, TURNS)
                 tl.store(out_ptr + row, tl.sum(tl.where(turns == 0, ids, 0)))
                 good = weigh(x, top, scale) >= smallest
@@ -162,7 +163,8 @@ def row_kernel(
                 tl.store(drawn_x_ptr + row * TURNS + turns, tl.where(good, x, float("inf")))
                 tl.store(before_ptr + row * TURNS + turns, tl.zeros([TURNS], tl.int64))
             else:
-                ids, _ = draw_turns(0, cumulative, total, scale, seed, offset, logits_ptr, V, 1, TILE)
+                firsts, seconds = words_of_turns(0, seed, offset, 1)
+                ids, _drawn_x, _ties = draw_turns(firsts, seconds, cumulative, total, scale, logits_ptr, V, TILE)
                 tl.store(out_ptr + row, tl.sum(ids))
         tl.store(floats_ptr + TOP, top)
         tl.store(floats_ptr + SCALE, scale)

@@ -25,18 +25,25 @@ def masses_of_tiles(maxima, sums, top, scale):
 
 
 @triton.jit
-def draw_turns(first, cumulative, total, scale, seed, offset, logits_ptr, V, NUMBER: tl.constexpr, TILE: tl.constexpr):
-    """(ids, their logits) of NUMBER turns: tiles by their mass, then an id in each."""
+def words_of_turns(first, seed, offset, NUMBER: tl.constexpr):
+    """The random words of NUMBER turns."""
     zero = tl.zeros([NUMBER], tl.int64)
-    bits, more = random_words(zero + seed, zero + offset, STREAM, first + tl.arange(0, NUMBER))
-    target = tl.umulhi(bits, (zero + total).to(tl.uint64)).to(tl.int64)
+    return random_words(zero + seed, zero + offset, STREAM, first + tl.arange(0, NUMBER))
+
+
+@triton.jit
+def draw_turns(bits, more, cumulative, total, scale, logits_ptr, V, TILE: tl.constexpr):
+    """(ids, their logits, equal logits before each in its tile) of turns: a tile by its mass, then an id in it."""
+    target = tl.umulhi(bits, tl.zeros_like(bits) + total.to(tl.uint64)).to(tl.int64)
     tile = tl.sum((cumulative[None, :] <= target[:, None]).to(tl.int32), axis=1)
     columns = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
     x = clean(tl.load(logits_ptr + columns, columns < V, other=float("-inf")))
     weights = weigh(x, tl.max(x, axis=1)[:, None], scale)
     inner = tl.umulhi(more, tl.sum(weights, axis=1).to(tl.uint64)).to(tl.int64)
     ids = tile * TILE + tl.sum((tl.cumsum(weights, axis=1) <= inner[:, None]).to(tl.int32), axis=1)
-    return ids, tl.sum(tl.where(columns == ids[:, None], x, 0.0), axis=1)
+    logits = tl.sum(tl.where(columns == ids[:, None], x, 0.0), axis=1)
+    ties = tl.sum(((x == logits[:, None]) & (columns < ids[:, None])).to(tl.int32), axis=1)
+    return ids, logits, ties
 
 
 @triton.jit
@@ -148,7 +155,8 @@ def decide_kernel(
             total = tl.sum(masses)
             going = True
             while going:
-                found, found_x = draw_turns(turn, cumulative, total, scale, seed, offset, logits_ptr, V, 1, TILE)
+                bits, more = words_of_turns(turn, seed, offset, 1)
+                found, found_x, _ties = draw_turns(bits, more, cumulative, total, scale, logits_ptr, V, TILE)
                 drawn = tl.sum(found)
                 drawn_x = tl.sum(found_x)
                 turn += 1
