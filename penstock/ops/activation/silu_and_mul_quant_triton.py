@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.core.formats import Format
-from penstock.core.formats_triton import encode, magnitude, place_units, scale_index, scale_of, units_of
+from penstock.core.formats_triton import encode, largest, magnitude, place_units, scale_index, scale_of, units_of
 from penstock.core.rows import walk_rows
 
 
@@ -71,7 +71,7 @@ def _silu_and_mul_quant_kernel(
         mask = live & (columns < C) & (offsets < width)
         y = _product(x_rows + columns, C, mask)
         if DYNAMIC:
-            scale = scale_of(tl.max(magnitude(y), axis=1), LARGEST)
+            scale = scale_of(largest(y, 1), LARGEST)
             tl.store(scale_ptr + at, scale, units < num_units)
         else:
             scale = tl.load(scale_ptr + at, units < num_units, other=1.0)

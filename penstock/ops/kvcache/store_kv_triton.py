@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.core.formats_triton import encode, magnitude, scale_of
+from penstock.core.formats_triton import encode, largest, scale_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def quantise_rows(
         if SCALING == "static":
             scale = tl.load(scale_ptr + heads * scale_head, live, other=1.0)
         else:
-            scale = scale_of(tl.max(magnitude(x), axis=1), 448.0)
+            scale = scale_of(largest(x, 1), 448.0)
             page = (slot // PAGE).to(tl.int64)
             offset = (slot % PAGE).to(tl.int64)
             tl.store(scale_ptr + page * scale_page + offset * scale_slot + heads * scale_head, scale, live)

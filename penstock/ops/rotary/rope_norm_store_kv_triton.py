@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.core.formats_triton import encode, magnitude, scale_of
+from penstock.core.formats_triton import encode, largest, scale_of
 from penstock.ops.kvcache.store_kv_triton import Launch as Store
 from penstock.ops.kvcache.store_kv_triton import configure as configure_store
 from penstock.ops.kvcache.store_kv_triton import locate_rows, quantise_rows, scaling_of, store_part, store_rows
@@ -176,7 +176,7 @@ def _rope_norm_store_kv_kernel(
         if K_SCALING == "none":
             q = x.to(dtype)
         else:
-            scale = scale_of(tl.max(magnitude(x), axis=1), 448.0)
+            scale = scale_of(largest(x, 1), 448.0)
             tl.store(out_scale_ptr + tokens * scale_token + heads, scale, live)
             q = encode(x, scale[:, None], dtype)
         place = out_ptr + (tokens * out_token + heads * out_head)[:, None] + columns[None, :]
