@@ -13,7 +13,7 @@ from penstock.testing import check_case
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = pytest.mark.parametrize(("impl", "device"), [("cpu", "cpu"), ("triton", GPU)])
 # One warp's worth, a ragged width, whole rows, and both sides of the width from which rows are walked in chunks.
-WIDTHS = (64, 129, 1000, 4096, 16384, 16385, 32768, 65536)
+WIDTHS = (64, 129, 1000, 4096, 12000, 16384, 16385, 32768, 65536)
 NORMS = ("rms_norm", "add_rms_norm", "layer_norm", "rms_norm_quant")
 GATES = ("silu_and_mul", "gelu_and_mul", "silu_and_mul_quant")
 
