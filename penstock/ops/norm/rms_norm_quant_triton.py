@@ -103,7 +103,7 @@ def _rms_norm_quant_kernel(
     elif SHARE == "row" and not DYNAMIC:
         scale = tl.load(scale_ptr + rows, rows < num_rows, other=1.0)
     if WHOLE:
-        x = _read(x_rows, residual_rows, sum_rows, offsets, live & (offsets < N), HAS_RESIDUAL)
+        x = _read(x_rows, residual_rows, sum_rows, offsets, live & (offsets < N), HAS_RESIDUAL).to(tl.float32)
         root = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)
         y = _normalise(x, root, weight_ptr, weight_offset, offsets, N)
         if SHARE == "row" and DYNAMIC:
@@ -115,7 +115,7 @@ def _rms_norm_quant_kernel(
         most = tl.zeros((ROWS,), tl.float32)
         for first in range(0, N, BLOCK):
             columns = first + offsets
-            x = _read(x_rows, residual_rows, sum_rows, columns, live & (columns < N), HAS_RESIDUAL)
+            x = _read(x_rows, residual_rows, sum_rows, columns, live & (columns < N), HAS_RESIDUAL).to(tl.float32)
             squares += tl.sum(x * x, axis=1)
             if SHARE == "row" and DYNAMIC:
                 weight = tl.load(weight_ptr + columns, columns < N, other=0.0).to(tl.float32) + weight_offset
