@@ -18,6 +18,12 @@ def magnitude(x):
 
 
 @triton.jit
+def largest(x, axis: tl.constexpr):
+    """max |x| along an axis: the maximum itself leaves NaN out, unless there is nothing else."""
+    return magnitude(tl.max(tl.abs(x), axis=axis))
+
+
+@triton.jit
 def scale_of(most, LARGEST: tl.constexpr):
     """The scale of values whose largest magnitude is `most`: float32's largest stands for infinity, 2⁻¹²⁶ is the least."""
     scale = tl.maximum(tl.div_rn(tl.minimum(most, 3.4028234663852886e38), LARGEST), 1.1754943508222875e-38)
@@ -33,15 +39,14 @@ def encode(x, scale, dtype: tl.constexpr):
     divisor = scale * shift
     reciprocal = tl.div_rn(1.0, divisor)
     x = x * shift
-    quotient = x * reciprocal
-    corrected = tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
-    # Where a code saturates or is zero the quotient will do, and the remainder may be no number, or lose the sign of zero.
-    size = tl.abs(quotient)
-    quotient = tl.where((size > 0.000244140625) & (size < 512.0), corrected, quotient)
+    # Where a code saturates the quotient need not be known, and an infinite one would have no remainder.
+    quotient = tl.clamp(x * reciprocal, -512.0, 512.0)
+    # Of these signs a zero keeps its own: 0 · divisor − 0 is +0, which a negative factor turns into what adds nothing to −0.
+    quotient = tl.fma(tl.fma(quotient, divisor, -x), -reciprocal, quotient)
     if dtype == tl.int8:
-        limited = tl.minimum(tl.maximum(tl.where(quotient == quotient, quotient, 0.0), -127.0), 127.0)
-        # Above 1.5 · 2²³ float32 has no fractions: the sum is rounded to nearest even.
-        return ((limited + 12582912.0) - 12582912.0).to(tl.int8)
+        limited = tl.clamp(tl.where(quotient == quotient, quotient, 0.0), -127.0, 127.0)
+        # Above 1.5 · 2²³ float32 has no fractions: the sum is rounded to nearest even, its last byte is the code.
+        return (limited + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
     else:
         # The conversion saturates: cvt.rn.satfinite.
         return quotient.to(dtype)
@@ -52,7 +57,7 @@ def encode_groups(x, scale_ptr, at, live, LARGEST: tl.constexpr, DYNAMIC: tl.con
     """The codes of rows x [R, C] whose every 128 columns share a scale; `at` [R, C / 128] says where the scales lie."""
     groups = tl.reshape(x, (x.shape[0], x.shape[1] // 128, 128))
     if DYNAMIC:
-        scale = scale_of(tl.max(magnitude(groups), axis=2), LARGEST)
+        scale = scale_of(largest(groups, 2), LARGEST)
         tl.store(scale_ptr + at, scale, live)
     else:
         scale = tl.load(scale_ptr + at, live, other=1.0)

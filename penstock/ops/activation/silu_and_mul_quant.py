@@ -154,3 +154,4 @@ def cases() -> Iterable[Case]:
         yield case(f"{name}_no_columns", format, 3, 0, static=static)
         yield case(f"{name}_64x28672", format, 64, 28672, static=static, bench=True)
         yield case(f"{name}_4096x28672", format, 4096, 28672, static=static, bench=True)
+    yield case("fp8_token_9x9000", FP8_TOKEN, 9, 2 * 9000)

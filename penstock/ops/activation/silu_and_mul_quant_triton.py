@@ -1,6 +1,8 @@
 """A program takes units of the products, as quantize does: runs that share a scale, or parts of one when it is known.
 
-A row of more than 8,192 products that needs a scale of its own is computed twice, the second time out of L2.
+A row of 8,193 to 16,384 products of 16 bits that needs a scale of its own fills a multiprocessor. One program stays on each and
+goes from row to row; while it computes one, the next is copied into shared memory. A wider row is computed twice, the second
+time out of L2.
 """
 
 from dataclasses import dataclass
@@ -9,9 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.core.device import num_sms
 from penstock.core.formats import Format
-from penstock.core.formats_triton import encode, magnitude, place_units, scale_index, scale_of, units_of
+from penstock.core.formats_triton import encode, largest, magnitude, place_units, scale_index, scale_of, units_of
 from penstock.core.rows import walk_rows
+
+# What 1,024 threads hold in float32, sixteen products each.
+WIDEST = 16384
 
 
 @dataclass(frozen=True)
@@ -23,9 +29,12 @@ class Launch:
     num_warps: int
 
 
-def configure(width: int) -> Launch:
+def configure(width: int, itemsize: int) -> Launch:
     """Eight to sixteen products a thread: gate and factor together are two to four 16-byte loads in bfloat16."""
     block = triton.next_power_of_2(width)
+    # Two rows of float32 would not fit into shared memory.
+    if block == WIDEST and itemsize == 2:
+        return Launch(1, block, 32)
     if block > 8192:
         return Launch(1, 4096, 8)
     units = max(1, min(64, 2048 // block))
@@ -71,7 +80,7 @@ def _silu_and_mul_quant_kernel(
         mask = live & (columns < C) & (offsets < width)
         y = _product(x_rows + columns, C, mask)
         if DYNAMIC:
-            scale = scale_of(tl.max(magnitude(y), axis=1), LARGEST)
+            scale = scale_of(largest(y, 1), LARGEST)
             tl.store(scale_ptr + at, scale, units < num_units)
         else:
             scale = tl.load(scale_ptr + at, units < num_units, other=1.0)
@@ -90,6 +99,31 @@ def _silu_and_mul_quant_kernel(
             tl.store(q_rows + columns, encode(y, scale[:, None], q_ptr.dtype.element_ty), mask)
 
 
+@triton.jit
+def _wide_rows_kernel(
+    q_ptr,
+    scale_ptr,
+    x_ptr,
+    num_rows,
+    C,
+    inner,
+    q_outer,
+    q_inner,
+    x_outer,
+    x_inner,
+    LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK)
+    for row in tl.range(tl.program_id(0), num_rows, tl.num_programs(0), num_stages=3):
+        outer, step = (row // inner).to(tl.int64), (row % inner).to(tl.int64)
+        y = _product(x_ptr + outer * x_outer + step * x_inner + columns, C, columns < C)
+        scale = scale_of(largest(y, 0), LARGEST)
+        tl.store(scale_ptr + row, scale)
+        codes = encode(y, scale, q_ptr.dtype.element_ty)
+        tl.store(q_ptr + outer * q_outer + step * q_inner + columns, codes, columns < C)
+
+
 def launch(out: Tensor, out_scale: Tensor | None, x: Tensor, scale: Tensor | None, format: Format) -> None:
     """Launches over the rows of tensors that `unfit_rows` found fit."""
     if out.numel() == 0:
@@ -100,7 +134,21 @@ def launch(out: Tensor, out_scale: Tensor | None, x: Tensor, scale: Tensor | Non
     num_rows, inner, strides = walk_rows(out, x)
     share, per_row, width = units_of(C, format, scale is None)
     num_units = num_rows * per_row
-    config = configure(width)
+    config = configure(width, x.element_size())
+    if config.block == WIDEST:
+        _wide_rows_kernel[(min(num_rows, num_sms(out.device)),)](
+            out,
+            out_scale,
+            x,
+            num_rows,
+            C,
+            inner,
+            *strides,
+            LARGEST=format.largest,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+        )
+        return
     _silu_and_mul_quant_kernel[(triton.cdiv(num_units, config.units),)](
         out,
         out_scale if scale is None else scale,

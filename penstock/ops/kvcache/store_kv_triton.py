@@ -1,7 +1,9 @@
 """One launch for keys and values: the first programs take rows of k, the others those of v.
 
-A program takes rows (token, head) in memory's order. Where the cache is transposed inside its pages it takes tokens of a head,
-turns the tile, and writes along the slots: as vectors where they are an aligned run of one page, which a prefill's are.
+A program takes rows (token, head) in memory's order. Where v is transposed inside its pages and there are many tokens it takes
+a run of tokens of one head, turns it, and writes whole sectors along the slots. A run begins at the token whose slot is the
+next multiple of its length, so that inside a request all lie aligned in their pages, wherever requests begin among the tokens;
+what does not lie so, at the ends of requests or out of order, goes row by row and byte by byte.
 """
 
 from dataclasses import dataclass
@@ -10,42 +12,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.core.formats_triton import encode, magnitude, scale_of
+from penstock.core.device import num_sms
+from penstock.core.formats_triton import encode, largest, scale_of
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A program takes `rows` rows of `block` columns; `transposed` says that they are tokens of one head."""
+    """A program takes `rows` rows of `block` columns; or, where `run` is not 0, that many tokens of one head."""
 
     rows: int
     block: int
-    transposed: bool
+    run: int = 0
 
     def programs(self, T: int, H: int) -> int:
         """Programs for T tokens of H heads."""
-        return triton.cdiv(T, self.rows) * H if self.transposed else triton.cdiv(T * H, self.rows)
+        return triton.cdiv(T, self.run) * H if self.run else triton.cdiv(T * H, self.rows)
 
 
-def configure(D: int, page_size: int, transposed: bool) -> Launch:
-    """2,048 values a program of four warps: two 16-byte loads a thread in bfloat16, one 16-byte store in FP8.
-
-    Transposed: 16 tokens, one 16-byte store for a dimension, and eight warps, because with four a program takes 148 registers.
-    """
+def configure(D: int) -> Launch:
+    """2,048 values a program of four warps: two 16-byte loads a thread in bfloat16, one 16-byte store in FP8."""
     block = triton.next_power_of_2(D)
-    if transposed:
-        return Launch(min(page_size, 16), block, True)
-    return Launch(max(1, min(64, 2048 // block)), block, False)
+    return Launch(max(1, min(64, 2048 // block)), block)
+
+
+def configure_values(T: int, H: int, cache: Tensor) -> Launch:
+    """Runs of 32 tokens, in FP8 a sector of memory for each dimension, where that leaves no multiprocessor idle."""
+    _, page_size, _, D = cache.shape
+    plain = configure(D)
+    turned = Launch(plain.rows, plain.block, min(page_size, 32))
+    transposed = cache.stride(3) != 1 and D > 1 and page_size >= 16
+    return turned if transposed and turned.programs(T, H) >= num_sms(cache.device) else plain
 
 
 @triton.jit
-def locate_rows(block, num_tokens, H: tl.constexpr, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """(tokens, heads) of a program's rows; tokens from num_tokens on are none."""
-    lanes = tl.arange(0, ROWS)
-    if TRANSPOSED:
-        return block // H * ROWS + lanes, block % H + 0 * lanes
-    else:
-        rows = block * ROWS + lanes
-        return rows // H, rows % H
+def locate_rows(block, H: tl.constexpr, ROWS: tl.constexpr):
+    """(tokens, heads) of a program's rows."""
+    rows = block * ROWS + tl.arange(0, ROWS)
+    return rows // H, rows % H
 
 
 @triton.jit
@@ -61,31 +64,13 @@ def store_rows(
     cache_column,
     D: tl.constexpr,
     PAGE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
 ):
     """Writes x [ROWS, BLOCK], already of the cache's dtype, into the slots that are not negative."""
-    if TRANSPOSED:
-        ROWS: tl.constexpr = x.shape[0]
-        lanes = tl.arange(0, ROWS)
-        column = columns.to(tl.int64)[:, None]
-        turned = tl.trans(x)
-        first = tl.min(slot, axis=0)
-        run = tl.sum((slot == first + lanes).to(tl.int32), axis=0) == ROWS
-        head = tl.min(heads, axis=0).to(tl.int64) * cache_head
-        if run & (first >= 0) & (first % ROWS == 0):
-            start = tl.multiple_of(first % PAGE // ROWS * ROWS, ROWS)
-            base = cache_ptr + (first // PAGE).to(tl.int64) * cache_page + head + start * cache_slot
-            tl.store(base + column * cache_column + lanes[None, :] * cache_slot, turned, column < D)
-        else:
-            page = (slot // PAGE).to(tl.int64)[None, :]
-            offset = (slot % PAGE).to(tl.int64)[None, :]
-            target = cache_ptr + page * cache_page + head + offset * cache_slot + column * cache_column
-            tl.store(target, turned, (slot >= 0)[None, :] & (column < D))
-    else:
-        page = (slot // PAGE).to(tl.int64)[:, None]
-        offset = (slot % PAGE).to(tl.int64)[:, None]
-        target = cache_ptr + page * cache_page + offset * cache_slot + heads.to(tl.int64)[:, None] * cache_head
-        tl.store(target + columns[None, :], x, (slot >= 0)[:, None] & (columns < D)[None, :])
+    page = (slot // PAGE).to(tl.int64)[:, None]
+    offset = (slot % PAGE).to(tl.int64)[:, None]
+    target = cache_ptr + page * cache_page + offset * cache_slot + heads.to(tl.int64)[:, None] * cache_head
+    target += columns.to(tl.int64)[None, :] * cache_column
+    tl.store(target, x, (slot >= 0)[:, None] & (columns < D)[None, :])
 
 
 @triton.jit
@@ -110,7 +95,7 @@ def quantise_rows(
         if SCALING == "static":
             scale = tl.load(scale_ptr + heads * scale_head, live, other=1.0)
         else:
-            scale = scale_of(tl.max(magnitude(x), axis=1), 448.0)
+            scale = scale_of(largest(x, 1), 448.0)
             page = (slot // PAGE).to(tl.int64)
             offset = (slot % PAGE).to(tl.int64)
             tl.store(scale_ptr + page * scale_page + offset * scale_slot + heads * scale_head, scale, live)
@@ -119,6 +104,46 @@ def quantise_rows(
 
 @triton.jit
 def store_part(
+    tokens,
+    heads,
+    slot,
+    x_ptr,
+    cache_ptr,
+    scale_ptr,
+    x_token,
+    x_head,
+    cache_page,
+    cache_slot,
+    cache_head,
+    cache_column,
+    scale_page,
+    scale_slot,
+    scale_head,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    SCALING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rows from reading to storing; those whose slot is negative are left out."""
+    columns = tl.arange(0, BLOCK)
+    rows = x_ptr + tokens.to(tl.int64)[:, None] * x_token + heads.to(tl.int64)[:, None] * x_head
+    x = tl.load(rows + columns[None, :], (slot >= 0)[:, None] & (columns < D)[None, :], other=0.0)
+    dtype: tl.constexpr = cache_ptr.dtype.element_ty
+    x = quantise_rows(x, scale_ptr, slot, heads, scale_page, scale_slot, scale_head, SCALING, PAGE, dtype)
+    store_rows(x, cache_ptr, slot, heads, columns, cache_page, cache_slot, cache_head, cache_column, D, PAGE)
+
+
+@triton.jit
+def _first_token(slots_ptr, run, num_tokens, RUN: tl.constexpr):
+    """Where a run's tokens begin; runs follow each other without a gap whatever the slots are."""
+    token = run * RUN
+    slot = tl.load(slots_ptr + token, token < num_tokens, other=0)
+    shift = tl.where(slot >= 0, -slot & (RUN - 1), 0)
+    return tl.where(run == 0, 0, tl.minimum(token + shift, num_tokens))
+
+
+@triton.jit
+def store_values(
     block,
     x_ptr,
     cache_ptr,
@@ -131,8 +156,6 @@ def store_part(
     cache_slot,
     cache_head,
     cache_column,
-    scale_page,
-    scale_slot,
     scale_head,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -140,17 +163,83 @@ def store_part(
     SCALING: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    RUN: tl.constexpr,
 ):
-    """A program's rows from reading to storing."""
-    tokens, heads = locate_rows(block, num_tokens, H, ROWS, TRANSPOSED)
-    slot = tl.load(slots_ptr + tokens, tokens < num_tokens, other=-1)
-    columns = tl.arange(0, BLOCK)
-    rows = x_ptr + tokens.to(tl.int64)[:, None] * x_token + heads.to(tl.int64)[:, None] * x_head
-    x = tl.load(rows + columns[None, :], (slot >= 0)[:, None] & (columns < D)[None, :], other=0.0)
-    dtype: tl.constexpr = cache_ptr.dtype.element_ty
-    x = quantise_rows(x, scale_ptr, slot, heads, scale_page, scale_slot, scale_head, SCALING, PAGE, dtype)
-    store_rows(x, cache_ptr, slot, heads, columns, cache_page, cache_slot, cache_head, cache_column, D, PAGE, TRANSPOSED)
+    """A program's part of v: rows, or where RUN is not 0 a run of tokens of one head."""
+    if RUN == 0:
+        tokens, heads = locate_rows(block, H, ROWS)
+        slot = tl.load(slots_ptr + tokens, tokens < num_tokens, other=-1)
+        store_part(
+            tokens,
+            heads,
+            slot,
+            x_ptr,
+            cache_ptr,
+            scale_ptr,
+            x_token,
+            x_head,
+            cache_page,
+            cache_slot,
+            cache_head,
+            cache_column,
+            0,
+            0,
+            scale_head,
+            D,
+            PAGE,
+            SCALING,
+            BLOCK,
+        )
+    else:
+        # Half as many rows as elsewhere: with all of them their addresses take 96 registers.
+        LEFT: tl.constexpr = max(1, ROWS // 2)
+        head = block % H
+        begin = _first_token(slots_ptr, block // H, num_tokens, RUN)
+        end = _first_token(slots_ptr, block // H + 1, num_tokens, RUN)
+        lanes = tl.arange(0, RUN)
+        slot = tl.load(slots_ptr + begin + lanes, begin + lanes < end, other=-1)
+        first = tl.load(slots_ptr + begin, begin < end, other=-1)
+        follow = tl.min((slot == first + lanes).to(tl.int32), axis=0) == 1
+        whole = follow & (first >= 0) & (first % RUN == 0)
+        if whole:
+            columns = tl.arange(0, BLOCK)
+            rows = x_ptr + begin.to(tl.int64) * x_token + head.to(tl.int64) * x_head
+            x = tl.load(rows + lanes.to(tl.int64)[:, None] * x_token + columns[None, :], (columns < D)[None, :], other=0.0)
+            x = tl.trans(x)
+            dtype: tl.constexpr = cache_ptr.dtype.element_ty
+            if SCALING == "none":
+                x = x.to(dtype)
+            else:
+                x = encode(x.to(tl.float32), tl.load(scale_ptr + head * scale_head), dtype)
+            page = (first // PAGE).to(tl.int64)
+            offset = tl.multiple_of(first % PAGE, RUN).to(tl.int64)
+            target = cache_ptr + page * cache_page + head.to(tl.int64) * cache_head + offset * cache_slot
+            target += columns.to(tl.int64)[:, None] * cache_column
+            tl.store(target + lanes[None, :] * cache_slot, x, (columns < D)[:, None])
+            begin += RUN
+        for start in range(begin, end, LEFT):
+            tokens = start + tl.arange(0, LEFT)
+            store_part(
+                tokens,
+                head + tl.zeros_like(tokens),
+                tl.load(slots_ptr + tokens, tokens < end, other=-1),
+                x_ptr,
+                cache_ptr,
+                scale_ptr,
+                x_token,
+                x_head,
+                cache_page,
+                cache_slot,
+                cache_head,
+                cache_column,
+                0,
+                0,
+                scale_head,
+                D,
+                PAGE,
+                SCALING,
+                BLOCK,
+            )
 
 
 @triton.jit
@@ -188,20 +277,20 @@ def _store_kv_kernel(
     V_SCALING: tl.constexpr,
     K_ROWS: tl.constexpr,
     K_BLOCK: tl.constexpr,
-    K_TRANSPOSED: tl.constexpr,
     V_ROWS: tl.constexpr,
     V_BLOCK: tl.constexpr,
-    V_TRANSPOSED: tl.constexpr,
+    V_RUN: tl.constexpr,
 ):
     block = tl.program_id(0)
     if block < k_blocks:
+        tokens, heads = locate_rows(block, H, K_ROWS)
         store_part(
-            block,
+            tokens,
+            heads,
+            tl.load(slots_ptr + tokens, tokens < num_tokens, other=-1),
             k_ptr,
             k_cache_ptr,
-            slots_ptr,
             k_scale_ptr,
-            num_tokens,
             k_token,
             k_head,
             k_page,
@@ -211,16 +300,13 @@ def _store_kv_kernel(
             k_scale_page,
             k_scale_slot,
             k_scale_head,
-            H,
             D,
             PAGE,
             K_SCALING,
-            K_ROWS,
             K_BLOCK,
-            K_TRANSPOSED,
         )
     else:
-        store_part(
+        store_values(
             block - k_blocks,
             v_ptr,
             v_cache_ptr,
@@ -233,8 +319,6 @@ def _store_kv_kernel(
             v_slot,
             v_cache_head,
             v_column,
-            0,
-            0,
             v_scale_head,
             H,
             DV,
@@ -242,7 +326,7 @@ def _store_kv_kernel(
             V_SCALING,
             V_ROWS,
             V_BLOCK,
-            V_TRANSPOSED,
+            V_RUN,
         )
 
 
@@ -263,8 +347,7 @@ def launch(
     page_size, Dv = v_cache.shape[1], v.shape[2]
     if T * H == 0:
         return
-    k_config = configure(D, page_size, k_cache.stride(3) != 1 and D > 1)
-    v_config = configure(Dv, page_size, v_cache.stride(3) != 1 and Dv > 1)
+    k_config, v_config = configure(D), configure_values(T, H, v_cache)
     k_scaling, k_scale_strides = scaling_of(k_scale)
     v_scaling, v_scale_strides = scaling_of(v_scale)
     k_blocks = k_config.programs(T, H)
@@ -280,8 +363,10 @@ def launch(
         k_blocks,
         *k.stride()[:2],
         *v.stride()[:2],
-        *k_cache.stride(),
-        *v_cache.stride(),
+        *k_cache.stride()[:3],
+        k_cache.stride(3) if D > 1 else 1,
+        *v_cache.stride()[:3],
+        v_cache.stride(3) if Dv > 1 else 1,
         *k_scale_strides,
         v_scale_strides[2],
         H=H,
@@ -292,9 +377,7 @@ def launch(
         V_SCALING=v_scaling,
         K_ROWS=k_config.rows,
         K_BLOCK=k_config.block,
-        K_TRANSPOSED=k_config.transposed,
         V_ROWS=v_config.rows,
         V_BLOCK=v_config.block,
-        V_TRANSPOSED=v_config.transposed,
-        num_warps=8 if v_config.transposed else 4,
+        V_RUN=v_config.run,
     )

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.core.formats import BLOCK, Format
-from penstock.core.formats_triton import encode, encode_groups, magnitude, scale_of
+from penstock.core.formats_triton import encode, encode_groups, largest, magnitude, scale_of
 from penstock.core.rows import walk_rows
 from penstock.ops.norm.rms_norm_triton import WIDEST, Launch, _read
 
@@ -103,11 +103,11 @@ def _rms_norm_quant_kernel(
     elif SHARE == "row" and not DYNAMIC:
         scale = tl.load(scale_ptr + rows, rows < num_rows, other=1.0)
     if WHOLE:
-        x = _read(x_rows, residual_rows, sum_rows, offsets, live & (offsets < N), HAS_RESIDUAL)
+        x = _read(x_rows, residual_rows, sum_rows, offsets, live & (offsets < N), HAS_RESIDUAL).to(tl.float32)
         root = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)
         y = _normalise(x, root, weight_ptr, weight_offset, offsets, N)
         if SHARE == "row" and DYNAMIC:
-            scale = scale_of(tl.max(magnitude(y), axis=1), LARGEST)
+            scale = scale_of(largest(y, 1), LARGEST)
             tl.store(scale_ptr + rows, scale, rows < num_rows)
         _write(y, q_rows, scale_ptr, scale, rows, num_rows, offsets, 0, N, LARGEST, SHARE, DYNAMIC, BLOCK)
     else:
@@ -115,11 +115,11 @@ def _rms_norm_quant_kernel(
         most = tl.zeros((ROWS,), tl.float32)
         for first in range(0, N, BLOCK):
             columns = first + offsets
-            x = _read(x_rows, residual_rows, sum_rows, columns, live & (columns < N), HAS_RESIDUAL)
+            x = _read(x_rows, residual_rows, sum_rows, columns, live & (columns < N), HAS_RESIDUAL).to(tl.float32)
             squares += tl.sum(x * x, axis=1)
             if SHARE == "row" and DYNAMIC:
                 weight = tl.load(weight_ptr + columns, columns < N, other=0.0).to(tl.float32) + weight_offset
-                most = tl.maximum(most, tl.max(magnitude(x * weight), axis=1))
+                most = tl.maximum(most, largest(x * weight, 1))
         root = tl.rsqrt(squares / N + eps)
         # Another thread of the program may have written what this one reads back.
         tl.debug_barrier()

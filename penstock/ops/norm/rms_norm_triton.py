@@ -1,5 +1,6 @@
-"""A program holds whole rows in registers; a row of more than 16,384 columns is walked twice but for its last chunk.
+"""A program holds whole rows in registers: of bfloat16 without a residual up to 65,536 columns, of others up to 16,384.
 
+A wider row is walked twice but for its last chunk.
 One such program fills a multiprocessor, so that the rows in work, 17 MB of 132 programs at 65,536 columns, stay in L2 for the
 second walk. (Four smaller programs on each had 69 MB in work, more than L2 holds.)
 
@@ -9,6 +10,7 @@ The residual sum, when there is one, is part of the first walk.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -49,14 +51,31 @@ def configure(N: int) -> Launch:
     return Launch(rows, width, max(4, rows * width // 512))
 
 
+def configure_held(N: int, x: Tensor) -> Launch | None:
+    """A wide row of bfloat16, held whole: 64 values in 32 registers of a thread. None for others; ragged ones would spill."""
+    if x.dtype is torch.bfloat16 and WIDEST < N <= 4 * WIDEST and N % 16 == 0:
+        block = triton.next_power_of_2(N)
+        return Launch(1, block, block // 2048)
+    return None
+
+
+@triton.jit
+def again(x, HELD: tl.constexpr):
+    """x in float32 once more. Of a row that is HELD in bfloat16 by a shift: that it is the conversion it has made before the
+    compiler does not see, and so does not keep 32 bits of a value for later."""
+    if HELD:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
 @triton.jit
 def _read(x_ptr, residual_ptr, sum_ptr, columns, mask, HAS_RESIDUAL: tl.constexpr):
-    """x in float32; with a residual the rounded sum, which is stored."""
-    x = tl.load(x_ptr + columns, mask, other=0.0).to(tl.float32)
+    """x in its dtype; with a residual the rounded sum, which is stored."""
+    x = tl.load(x_ptr + columns, mask, other=0.0)
     if HAS_RESIDUAL:
-        rounded = (x + tl.load(residual_ptr + columns, mask, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + columns, rounded, mask)
-        x = rounded.to(tl.float32)
+        x = (x.to(tl.float32) + tl.load(residual_ptr + columns, mask, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + columns, x, mask)
     return x
 
 
@@ -90,6 +109,7 @@ def _rms_norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = (rows < num_rows)[:, None]
@@ -102,17 +122,18 @@ def _rms_norm_kernel(
     columns = tl.arange(0, BLOCK)[None, :]
     if WHOLE:
         mask = live & (columns < N)
-        x = _read(x_rows, residual_rows, sum_rows, columns, mask, HAS_RESIDUAL)
+        kept = _read(x_rows, residual_rows, sum_rows, columns, mask, HAS_RESIDUAL)
+        x = kept.to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)
-        _scale_and_write(out_rows, x, scale, weight_ptr, weight_offset, columns, columns < N, mask)
+        _scale_and_write(out_rows, again(kept, HELD), scale, weight_ptr, weight_offset, columns, columns < N, mask)
     else:
         last = (N - 1) // BLOCK * BLOCK
         squares = tl.zeros((ROWS,), tl.float32)
         for start in range(0, last, BLOCK):
-            x = _read(x_rows, residual_rows, sum_rows, start + columns, live, HAS_RESIDUAL)
+            x = _read(x_rows, residual_rows, sum_rows, start + columns, live, HAS_RESIDUAL).to(tl.float32)
             squares += tl.sum(x * x, axis=1)
         inside = last + columns < N
-        x = _read(x_rows, residual_rows, sum_rows, last + columns, live & inside, HAS_RESIDUAL)
+        x = _read(x_rows, residual_rows, sum_rows, last + columns, live & inside, HAS_RESIDUAL).to(tl.float32)
         scale = tl.rsqrt((squares + tl.sum(x * x, axis=1)) / N + eps)
         _scale_and_write(out_rows, x, scale, weight_ptr, weight_offset, last + columns, inside, live & inside)
         # Another thread of the program may have written what this one reads back.
@@ -140,7 +161,8 @@ def launch(
     # Without a residual the kernel takes x and out in its place and does not touch them.
     tensors = [out, out if new_residual is None else new_residual, x, x if residual is None else residual]
     num_rows, inner, strides = walk_rows(*tensors)
-    config = configure.on(out.device, N)
+    config = None if has_residual else configure_held(N, x)
+    config = config or configure.on(out.device, N)
     _rms_norm_kernel[(triton.cdiv(num_rows, config.rows),)](
         *tensors,
         weight,
@@ -154,5 +176,6 @@ def launch(
         ROWS=config.rows,
         BLOCK=config.block,
         WHOLE=config.block >= N,
+        HELD=config.block > WIDEST,
         num_warps=config.num_warps,
     )

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.core.formats import BLOCK, Format
-from penstock.core.formats_triton import configure, encode, magnitude, place_units, scale_index, scale_of, units_of
+from penstock.core.formats_triton import configure, encode, largest, magnitude, place_units, scale_index, scale_of, units_of
 from penstock.core.rows import walk_rows
 
 PARTIALS = 1024
@@ -49,7 +49,7 @@ def _quantize_kernel(
         mask = live & (columns < K) & (offsets < width)
         x = tl.load(x_rows + columns, mask, other=0.0).to(tl.float32)
         if DYNAMIC:
-            scale = scale_of(tl.max(magnitude(x), axis=1), LARGEST)
+            scale = scale_of(largest(x, 1), LARGEST)
             tl.store(scale_ptr + at, scale, units < num_units)
         else:
             scale = tl.load(scale_ptr + at, units < num_units, other=1.0)
@@ -90,7 +90,7 @@ def _square_kernel(
     columns = (square % across * BLOCK + tl.arange(0, BLOCK))[None, :]
     mask = (within < N)[:, None] & (columns < K)
     x = tl.load(x_ptr + outer * x_outer + step * x_inner + columns, mask, other=0.0).to(tl.float32)
-    scale = scale_of(tl.max(tl.max(magnitude(x), axis=1), axis=0), LARGEST)
+    scale = scale_of(tl.max(largest(x, 1), axis=0), LARGEST)
     tl.store(scale_ptr + square, scale)
     tl.store(q_ptr + outer * q_outer + step * q_inner + columns, encode(x, scale, q_ptr.dtype.element_ty), mask)
 

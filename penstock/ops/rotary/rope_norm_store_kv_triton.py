@@ -4,33 +4,21 @@ A row is read once from memory and stays in registers to its end. In a rotation 
 a second time, out of the first-level cache: exchanging it between threads would cost as much.
 """
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.core.formats_triton import encode, magnitude, scale_of
-from penstock.ops.kvcache.store_kv_triton import Launch as Store
-from penstock.ops.kvcache.store_kv_triton import configure as configure_store
-from penstock.ops.kvcache.store_kv_triton import locate_rows, quantise_rows, scaling_of, store_part, store_rows
+from penstock.core.formats_triton import encode, largest, scale_of
+from penstock.ops.kvcache.store_kv_triton import configure as configure_rows
+from penstock.ops.kvcache.store_kv_triton import (
+    configure_values,
+    locate_rows,
+    quantise_rows,
+    scaling_of,
+    store_rows,
+    store_values,
+)
 from penstock.ops.quantization.hadamard_triton import transform_rows
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Rows of q that a program takes, how k and v are stored, and num_warps warps."""
-
-    rows: int
-    k: Store
-    v: Store
-    num_warps: int
-
-
-def configure(D: int, page_size: int, k_transposed: bool, v_transposed: bool) -> Launch:
-    """2,048 values a program, 16 a thread; tiles of a transposed cache take eight warps."""
-    k, v = configure_store(D, page_size, k_transposed), configure_store(D, page_size, v_transposed)
-    return Launch(max(1, 2048 // triton.next_power_of_2(D)), k, v, 8 if k_transposed or v_transposed else 4)
 
 
 @triton.jit
@@ -143,14 +131,13 @@ def _rope_norm_store_kv_kernel(
     Q_ROWS: tl.constexpr,
     K_ROWS: tl.constexpr,
     V_ROWS: tl.constexpr,
-    K_TRANSPOSED: tl.constexpr,
-    V_TRANSPOSED: tl.constexpr,
+    V_RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     if block < q_blocks:
-        tokens, heads = locate_rows(block, num_tokens, HQ, Q_ROWS, False)
+        tokens, heads = locate_rows(block, HQ, Q_ROWS)
         live = tokens < num_tokens
         position = tl.load(positions_ptr + tokens, live, other=-1)
         tokens = tokens.to(tl.int64)
@@ -176,13 +163,13 @@ def _rope_norm_store_kv_kernel(
         if K_SCALING == "none":
             q = x.to(dtype)
         else:
-            scale = scale_of(tl.max(magnitude(x), axis=1), 448.0)
+            scale = scale_of(largest(x, 1), 448.0)
             tl.store(out_scale_ptr + tokens * scale_token + heads, scale, live)
             q = encode(x, scale[:, None], dtype)
         place = out_ptr + (tokens * out_token + heads * out_head)[:, None] + columns[None, :]
         tl.store(place, q, live[:, None] & (columns < D)[None, :])
     elif block < q_blocks + k_blocks:
-        tokens, heads = locate_rows(block - q_blocks, num_tokens, HKV, K_ROWS, K_TRANSPOSED)
+        tokens, heads = locate_rows(block - q_blocks, HKV, K_ROWS)
         slot = tl.load(slots_ptr + tokens, tokens < num_tokens, other=-1)
         position = tl.load(positions_ptr + tokens, tokens < num_tokens, other=-1)
         x_rows = qkv_ptr + tokens.to(tl.int64) * qkv_token + (HQ + heads) * D
@@ -205,9 +192,9 @@ def _rope_norm_store_kv_kernel(
         )
         k_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
         k = quantise_rows(x, k_scale_ptr, slot, heads, k_scale_page, k_scale_slot, k_scale_head, K_SCALING, PAGE, k_dtype)
-        store_rows(k, k_cache_ptr, slot, heads, columns, k_page, k_slot, k_cache_head, k_column, D, PAGE, K_TRANSPOSED)
+        store_rows(k, k_cache_ptr, slot, heads, columns, k_page, k_slot, k_cache_head, k_column, D, PAGE)
     else:
-        store_part(
+        store_values(
             block - q_blocks - k_blocks,
             qkv_ptr + (HQ + HKV) * D,
             v_cache_ptr,
@@ -220,8 +207,6 @@ def _rope_norm_store_kv_kernel(
             v_slot,
             v_cache_head,
             v_column,
-            0,
-            0,
             v_scale_head,
             HKV,
             D,
@@ -229,7 +214,7 @@ def _rope_norm_store_kv_kernel(
             V_SCALING,
             V_ROWS,
             BLOCK,
-            V_TRANSPOSED,
+            V_RUN,
         )
 
 
@@ -259,11 +244,11 @@ def launch(
     if T * qkv.shape[1] == 0:
         return
     Hq = qkv.shape[1] // D - 2 * Hkv
-    config = configure(D, page_size, k_cache.stride(3) != 1 and D > 1, v_cache.stride(3) != 1 and D > 1)
+    plain, values = configure_rows(D), configure_values(T, Hkv, v_cache)
     k_scaling, k_scale_strides = scaling_of(k_scale)
     v_scaling, v_scale_strides = scaling_of(v_scale)
     when = "first" if norm_first else "last"
-    q_blocks, k_blocks, v_blocks = triton.cdiv(T * Hq, config.rows), config.k.programs(T, Hkv), config.v.programs(T, Hkv)
+    q_blocks, k_blocks, v_blocks = plain.programs(T, Hq), plain.programs(T, Hkv), values.programs(T, Hkv)
     _rope_norm_store_kv_kernel[(q_blocks + k_blocks + v_blocks,)](
         out,
         out_scale,
@@ -284,8 +269,10 @@ def launch(
         cos_sin.stride(0),
         *out.stride()[:2],
         0 if out_scale is None else out_scale.stride(0),
-        *k_cache.stride(),
-        *v_cache.stride(),
+        *k_cache.stride()[:3],
+        k_cache.stride(3) if D > 1 else 1,
+        *v_cache.stride()[:3],
+        v_cache.stride(3) if D > 1 else 1,
         *k_scale_strides,
         v_scale_strides[2],
         eps,
@@ -301,11 +288,9 @@ def launch(
         ROUNDS=D.bit_length() - 1 if hadamard else 0,
         K_SCALING=k_scaling,
         V_SCALING=v_scaling,
-        Q_ROWS=config.rows,
-        K_ROWS=config.k.rows,
-        V_ROWS=config.v.rows,
-        K_TRANSPOSED=config.k.transposed,
-        V_TRANSPOSED=config.v.transposed,
-        BLOCK=config.k.block,
-        num_warps=config.num_warps,
+        Q_ROWS=plain.rows,
+        K_ROWS=plain.rows,
+        V_ROWS=values.rows,
+        V_RUN=values.run,
+        BLOCK=plain.block,
     )

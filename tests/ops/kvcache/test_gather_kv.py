@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from penstock.core.check import ContractError
 from penstock.ops import gather_kv, store_kv
+from penstock.ops.kvcache.gather_kv_triton import run_length
+from penstock.ops.kvcache.layout import KVLayout
 
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = pytest.mark.parametrize(("impl", "device"), [("cpu", "cpu"), ("triton", GPU)])
@@ -123,3 +125,30 @@ def test_compiled_function_agrees():
         return gather_kv(cache * 2, table, lengths, starts, total=6) + 1
 
     assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(cache), function(cache))
+
+
+@RUNS
+@pytest.mark.parametrize("S", [16, 64])
+def test_requests_of_a_transposed_cache_begin_anywhere(impl, device, S):
+    """Requests that fill runs, end inside them or are shorter; room after some; enough rows that runs are taken."""
+    H, D = (2, 24) if device == "cpu" else (8, 128)
+    lengths = [64, 75, 0, 3, 32, 33, 1, 96, 17] * (1 if device == "cpu" else 4)
+    rooms = [0, 0, 5, 0, 0, 31, 0, 2, 0] * (1 if device == "cpu" else 4)
+    counts = [-(-length // S) for length in lengths]
+    layout = KVLayout(S, H, D, dtype=torch.float8_e4m3fn, order="HND", v_order="HDN")
+    held = layout.allocate(sum(counts) + 1, device=device).v
+    held.copy_(torch.randn(held.shape))
+    table, free = torch.zeros(len(lengths), max(counts), dtype=torch.int32), torch.randperm(sum(counts)).tolist()
+    starts = [2]
+    for request, (length, room) in enumerate(zip(lengths, rooms, strict=True)):
+        table[request, : counts[request]] = int32([free.pop() for _ in range(counts[request])], "cpu")
+        starts.append(starts[-1] + length + room)
+    total = starts[-1] + 40
+    assert run_length(total, held) == min(S, 32)
+    want = torch.zeros(total, H, D, dtype=torch.uint8)
+    for request, length in enumerate(lengths):
+        for i in range(length):
+            want[starts[request] + i] = held[table[request, i // S], i % S].cpu().view(torch.uint8)
+    arguments = held, table.to(device), int32(lengths, device), int32(starts, device)
+    got = gather_kv(*arguments, total=total, impl=impl)
+    assert torch.equal(got.cpu().view(torch.uint8), want)

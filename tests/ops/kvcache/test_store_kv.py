@@ -10,6 +10,7 @@ from penstock.core.formats import FP8_BLOCK, FP8_TENSOR, FP8_TOKEN, INT8_TOKEN
 from penstock.core.op import NotSupported
 from penstock.ops import store_kv
 from penstock.ops.kvcache.layout import KVLayout
+from penstock.ops.kvcache.store_kv_triton import configure_values
 
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = pytest.mark.parametrize(("impl", "device"), [("cpu", "cpu"), ("triton", GPU)])
@@ -87,6 +88,42 @@ def test_every_byte(impl, device, T, S, H, D, Dv, order, views, runs, format, pe
         assert torch.equal(bits(got), bits(after))
     if wanted_scales is not None:
         assert torch.equal(k_scale, wanted_scales)
+
+
+@RUNS
+@pytest.mark.parametrize("S", [16, 64])
+@pytest.mark.parametrize("format", [FP8_TENSOR, FP8_TOKEN])
+def test_requests_of_a_prefill_begin_anywhere(impl, device, S, format):
+    """Prefixes that end inside a page, requests shorter than a run, padding, slots in reverse; V transposed in its pages."""
+    H, D = (2, 24) if device == "cpu" else (8, 128)
+    requests = [(0, 64), (37, 75), (5, 3), (0, 16), (64, 33), (1, 1)] * (1 if device == "cpu" else 5)
+    counts = [-(-(prefix + length) // S) for prefix, length in requests]
+    pages, P = iter(torch.randperm(sum(counts) + 3).tolist()), sum(counts) + 3
+    slots = []
+    for (prefix, length), count in zip(requests, counts, strict=True):
+        table = [next(pages) for _ in range(count)]
+        slots += [table[i // S] * S + i % S for i in range(prefix, prefix + length)] + [-1] * (prefix % 3)
+    last = next(pages) * S
+    slots = torch.tensor(slots + [last + i for i in reversed(range(S))], dtype=torch.int32)
+    k, v = torch.randn(2, len(slots), H, D).mul(30).bfloat16()
+    layout = KVLayout(S, H, D, dtype=FP8, order="HND", v_order="HDN", k_scales=format is FP8_TOKEN)
+    k_cache, v_cache, k_scale = layout.allocate(P, device=device)
+    for held in (k_cache, v_cache):
+        held.copy_(torch.randn(P, S, H, D))
+    v_scale = torch.rand(H) + 0.2
+    factor = torch.rand(1) + 0.2 if k_scale is None else FP8_TOKEN.dynamic_scale(k.float())
+    want = [expected(held.cpu(), x, slots, s) for held, x, s in ((k_cache, k, factor), (v_cache, v, v_scale))]
+    scales = {"k_scale": factor.to(device) if k_scale is None else k_scale, "v_scale": v_scale.to(device)}
+    store_kv(k.to(device), v.to(device), k_cache, v_cache, slots.to(device), format=format, **scales, impl=impl)
+    for got, after in zip((k_cache, v_cache), want, strict=True):
+        assert torch.equal(bits(got), bits(after))
+
+
+def test_values_are_taken_in_runs_where_that_leaves_no_multiprocessor_idle():
+    turned = KVLayout(64, 8, 128, dtype=FP8, order="HND", v_order="HDN").allocate(2, device="meta").v
+    assert configure_values(64, 8, turned).run == 0
+    assert configure_values(32768, 8, turned).run == 32
+    assert configure_values(32768, 8, KVLayout(64, 8, 128).allocate(2, device="meta").v).run == 0
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

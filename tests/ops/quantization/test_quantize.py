@@ -97,6 +97,7 @@ def test_ties_round_to_even(impl, device):
     assert torch.equal(q.cpu(), halves.cpu().round().clamp(-127, 127).to(torch.int8))
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 @RUNS
 @pytest.mark.parametrize("format", EVERY)
 def test_nan_infinity_zero_and_the_smallest_number(impl, device, format):
