@@ -242,7 +242,9 @@ def _few(x: Tensor, topk_ids: Tensor, **others: Any) -> str | None:
     return _fits(x, **others)
 
 
-@fused_moe.impl("triton_few", needs=("triton",), supports=_few)
+# Awaits measurement: by name alone, while the implementation before it takes the same calls. The down product spills in few
+# cases: 168 bytes with Triton 3.6, 192 with 3.9.
+@fused_moe.impl("triton_few", needs=("triton",), supports=_few, spill_bytes=192)
 def _triton_few(out: Tensor, *arguments: Any) -> None:
     from penstock.ops.moe.fused_moe_few_triton import launch
 
