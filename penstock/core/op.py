@@ -198,10 +198,8 @@ class Op:
         # contiguous tensor is one like any other, whatever strides its dimensions of size 1 have.
         parts = [
             (a.shape, a.dtype, a.get_device(), a.is_contiguous() or a.stride())
-            if type(a) is Tensor
+            if type(a) is Tensor or (type(a) not in _PLAIN and isinstance(a, Tensor))
             else a
-            if type(a) in _PLAIN or not isinstance(a, Tensor)
-            else (a.shape, a.dtype, a.get_device(), a.is_contiguous() or a.stride())
             for a in args
         ]
         try:

@@ -4,6 +4,7 @@ A program's run of units can only begin in the middle of one request (its piece 
 (slot 2c+1). A request that lies in one run has no pieces: the split-KV kernel wrote its result.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -89,6 +90,12 @@ def _combine_kernel(
     if HAS_LSE:
         lse = tl.where(dead, float("-inf"), (m + tl.log2(l)) * LN2)
         tl.store(lse_ptr + token * (KV_HEADS * GROUP) + head, lse)
+
+
+def empty_pieces(programs: int, num_heads_kv: int, rows: int, Dv: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(part, part_lse) of `combine`, uninitialised: two slots of each program; rows are group · q_len."""
+    part = torch.empty(2 * programs, num_heads_kv, rows, Dv, dtype=torch.float32, device=device)
+    return part, torch.empty(2 * programs, num_heads_kv, rows, dtype=torch.float32, device=device)
 
 
 def combine(

@@ -35,7 +35,7 @@ from penstock.ops.attention import _tiles_hopper as tiles
 from penstock.ops.attention import decode_gather_hopper as gather
 from penstock.ops.attention import decode_plan
 from penstock.ops.attention import decode_work_hopper as work
-from penstock.ops.attention._combine_triton import combine
+from penstock.ops.attention._combine_triton import combine, empty_pieces
 from penstock.ops.attention._softmax_triton import NO_SCALES, fp8_scales
 from penstock.ops.attention._tiles_hopper import Constants
 
@@ -497,8 +497,7 @@ def launch(
         heads = {"num_heads_q": Hq, "num_heads_kv": Hkv, "head_dim": D, "page_size": page_size, "q_len": q_len}
         plan = decode_plan.attention_decode_plan(seqlens_k, **heads, window=(window_left, -1), impl="triton")
     programs = plan[2].shape[0]
-    part = q.new_empty(2 * programs, Hkv, group * q_len, Dv, dtype=torch.float32)
-    part_lse = q.new_empty(2 * programs, Hkv, group * q_len, dtype=torch.float32)
+    part, part_lse = empty_pieces(programs, Hkv, group * q_len, Dv, q.device)
     k_descriptor, k_pages = load.keys_descriptor(k_cache, shape)
     v_descriptor, v_pages = (load.turned_descriptor if fp8 else load.keys_descriptor)(v_cache, shape)
     scale_descriptor, scale_pages = (k_descriptor, 0)

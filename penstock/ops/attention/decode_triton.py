@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from penstock.core.device import has_dependent_launch
 from penstock.core.tuning import tuned
-from penstock.ops.attention._combine_triton import combine
+from penstock.ops.attention._combine_triton import combine, empty_pieces
 from penstock.ops.attention._softmax_triton import (
     LN2,
     LOG2E,
@@ -361,8 +361,7 @@ def launch(
             plan = attention_decode_plan(seqlens_k, **shape, window=(window_left, -1), impl="triton")
         unit_start, first_tile, first_request = plan[:3]
         programs = first_request.shape[0]
-        part = q.new_empty(2 * programs, Hkv, rows, Dv, dtype=torch.float32)
-        part_lse = q.new_empty(2 * programs, Hkv, rows, dtype=torch.float32)
+        part, part_lse = empty_pieces(programs, Hkv, rows, Dv, q.device)
     fp8 = q.dtype is torch.float8_e4m3fn
     scales = fp8_scales(q, q_scale, k_scale, v_scale) if fp8 else NO_SCALES
     sink_values = q if sinks is None else sinks

@@ -36,7 +36,7 @@ from penstock.ops.attention import _load_hopper as load
 from penstock.ops.attention import _softmax_hopper as softmax
 from penstock.ops.attention import _tiles_hopper as tiles
 from penstock.ops.attention import decode_plan
-from penstock.ops.attention._combine_triton import combine
+from penstock.ops.attention._combine_triton import combine, empty_pieces
 from penstock.ops.attention._tiles_hopper import Constants, Tile
 
 FIRST, SECOND = gl.constexpr(0), gl.constexpr(1)
@@ -535,8 +535,7 @@ def launch(
         shape = {"num_heads_q": Hq, "num_heads_kv": 1, "head_dim": width, "page_size": page_size, "q_len": q_len}
         plan = decode_plan.attention_decode_plan(seqlens_k, **shape, impl="triton")
     programs = plan[2].shape[0]
-    part = out.new_empty(2 * programs, 1, rows, Dc, dtype=torch.float32)
-    part_lse = out.new_empty(2 * programs, 1, rows, dtype=torch.float32)
+    part, part_lse = empty_pieces(programs, 1, rows, Dc, out.device)
     keys, pages = load.keys_descriptor(cache[:, :, None], tile)
     scale = width**-0.5 if scale is None else scale
     _mla_kernel[(blocks, programs)](

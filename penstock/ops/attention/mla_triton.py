@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from penstock.core.device import has_dependent_launch
 from penstock.core.tuning import tuned
-from penstock.ops.attention._combine_triton import combine
+from penstock.ops.attention._combine_triton import combine, empty_pieces
 from penstock.ops.attention._softmax_triton import LN2, LOG2E, finish, page_kind, pages_of, rescale, rows_at
 from penstock.ops.attention.decode_plan import LEAD, MAX_ROWS, SHARE, TILE, attention_decode_plan, row_blocks
 
@@ -220,8 +220,7 @@ def launch(
         plan = attention_decode_plan(seqlens_k, **shape, impl="triton")
     unit_start, first_tile, first_request = plan[:3]
     programs = first_request.shape[0]
-    part = out.new_empty(2 * programs, 1, rows, Dc, dtype=torch.float32)
-    part_lse = out.new_empty(2 * programs, 1, rows, dtype=torch.float32)
+    part, part_lse = empty_pieces(programs, 1, rows, Dc, out.device)
     scale = (Dc + Dr) ** -0.5 if scale is None else scale
     _mla_kernel[(row_blocks(rows), programs)](
         out,

@@ -40,7 +40,7 @@ SPEC = {
     " Tensor seqlens_k, int max_seqlen_q, int? max_seqlen_k, bool causal, float? scale, int window_left, int window_right,"
     " float? softcap, Tensor? sinks, Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, Tensor? block_mask) -> ()",
     SPEC,
-    alignment=("q", "k_cache", "v_cache", "out"),
+    alignment=("q", "k_cache", "v_cache", "k_scale", "out"),
 )
 def attention_prefill_paged(
     q: Tensor,

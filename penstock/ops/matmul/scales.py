@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from penstock.core.formats import BLOCK, FORMATS
+from penstock.core.formats import BLOCK, FORMATS, Format
 
 FP8_FORMATS = ("FP8_TENSOR", "FP8_TOKEN", "FP8_BLOCK")
 SCALES = (torch.float32, torch.float64)
@@ -53,6 +53,11 @@ def dequantised(values: Tensor, scale: Tensor | None, format: str | None, weight
         return wide
     kind = FORMATS[format]
     return wide * kind.spread(scale, wide.shape, weight and kind.granularity == "block")
+
+
+def input_format(format: str) -> Format:
+    """How activations that come without scales are quantised: by block, or by token, so that no token depends on others."""
+    return FORMATS["FP8_BLOCK" if format == "FP8_BLOCK" else "FP8_TOKEN"]
 
 
 def kinds(format: str | None) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from penstock.core.cases import Case, Cost, nbytes
 from penstock.core.check import DENSE, INDICES, anything, count, one_of
 from penstock.core.formats import BLOCK, FORMATS, FP8_BLOCK, Format, name_of
 from penstock.core.op import op
-from penstock.ops.matmul.scales import dequantised, expert_scale, is_fp8_format, scale_fault, weight_shapes
+from penstock.ops.matmul.scales import dequantised, expert_scale, input_format, is_fp8_format, scale_fault, weight_shapes
 from penstock.ops.matmul.tensor_core import accumulated
 from penstock.ops.moe import _cases
 
@@ -176,7 +176,7 @@ def _compute(
     multiply = _plain if rounded is None or format is None else accumulated
     restart = BLOCK if format == "FP8_BLOCK" else None
     if format is not None and x_scale is None:
-        kind = FORMATS["FP8_BLOCK" if format == "FP8_BLOCK" else "FP8_TOKEN"]
+        kind = input_format(format)
         wide = dequantised(x, None, None)
         x_scale = kind.dynamic_scale(wide)
         wide = kind.encode(wide / kind.spread(x_scale, wide.shape)).to(wide.dtype) * kind.spread(x_scale, wide.shape)

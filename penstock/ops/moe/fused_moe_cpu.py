@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penstock.core.formats import FORMATS, FP8_BLOCK, Format
+from penstock.core.formats import FORMATS, FP8_BLOCK
 from penstock.ops.matmul.fp8_cpu import decoded, multiply
-from penstock.ops.matmul.scales import expert_scale, kinds
+from penstock.ops.matmul.scales import expert_scale, input_format, kinds
 
 
 def compute(
@@ -52,10 +52,9 @@ def compute(
 
 def _quantised(x: Tensor, x_scale: Tensor | None, format: str) -> Tensor:
     """What x is after quantisation, in float32; without a scale it is quantised here."""
-    kind: Format = FORMATS[format]
     if x_scale is not None:
-        return decoded(x, torch.float32).mul_(kind.spread(x_scale, x.shape))
-    kind = kind if format == FP8_BLOCK.name else FORMATS["FP8_TOKEN"]
+        return decoded(x, torch.float32).mul_(FORMATS[format].spread(x_scale, x.shape))
+    kind = input_format(format)
     wide = x.float()
     scale = kind.spread(kind.dynamic_scale(wide), x.shape)
     return decoded(kind.encode(wide / scale), torch.float32).mul_(scale)

@@ -15,11 +15,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from penstock.core.device import has_dependent_launch
-from penstock.core.formats import BLOCK, FORMATS, FP8_MAX
+from penstock.core.formats import BLOCK, FP8_MAX
 from penstock.core.formats_triton import encode_groups
 from penstock.core.tuning import tuned
 from penstock.ops.matmul.grouped_gemm_triton import BAND, average, kind_of, launch_grouped, rows_of, tile_bound
-from penstock.ops.matmul.scales import kinds
+from penstock.ops.matmul.scales import input_format, kinds
 from penstock.ops.matmul.tile_triton import (
     TileConfig,
     accumulate,
@@ -298,7 +298,7 @@ def launch(
     early = has_dependent_launch(x.device)
     x_scales, w_scales = kinds(format)
     if format is not None and x_scale is None:
-        x_format = FORMATS["FP8_BLOCK" if format == "FP8_BLOCK" else "FP8_TOKEN"]
+        x_format = input_format(format)
         x, x_scale = quantize(x, format=x_format, impl="triton")
         x_scales = x_format.granularity
     y = out.new_empty(S, H)

@@ -15,17 +15,13 @@ import triton
 from torch import Tensor
 
 from penstock.core.device import has_dependent_launch, num_sms
-from penstock.ops.sampling import _weights
 from penstock.ops.sampling import sample_lean_row_triton as state
 from penstock.ops.sampling.sample_lean_check_triton import check_kernel, decide_kernel
 from penstock.ops.sampling.sample_lean_row_triton import row_kernel
 from penstock.ops.sampling.sample_lean_scan_triton import scan_kernel
+from penstock.ops.sampling.sample_triton import BLOCK, CAPACITY, PROGRAMS_PER_SM, TILE, Work
 
-TILE = _weights.TILE
 PART = 32
-BLOCK = 2048
-PROGRAMS_PER_SM = 8
-CAPACITY = 8192
 
 
 def launch(
@@ -59,11 +55,8 @@ def launch(
     tiled: dict[str, Any] = {"TILES": tiles, "PART": min(PART, TILE), "num_warps": 4, "enable_fp_fusion": False}
     alone: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False, "launch_pdl": early}
 
-    draws = temperature is not None or temperature_value > 0
-    by_count = draws and (top_k is not None or 0 < top_k_value < V)
-    whole = draws and (top_k is not None or not 0 < top_k_value < V)
-    by_mass = whole and (top_p is not None or top_p_value < 1)
-    pends = by_mass or (whole and (min_p is not None or min_p_value > 0))
+    options = (temperature, top_k, top_p, min_p, temperature_value, top_k_value, top_p_value, min_p_value)
+    draws, by_count, whole, by_mass, pends = Work.of(V, *options)
 
     def scratch(columns: int, dtype: torch.dtype, wanted: bool) -> Tensor | None:
         return torch.empty(B, columns, dtype=dtype, device=device) if wanted else None

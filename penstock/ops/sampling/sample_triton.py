@@ -34,6 +34,46 @@ CHUNK = 1024
 CAPACITY = 8192
 
 
+class Work(NamedTuple):
+    """What the options given as numbers leave to do, of what the rows of a tensor of options may ask for.
+
+    Args:
+        draws: some row may not be greedy; by_count: cut by top-k; whole: without top-k.
+        by_mass: some whole row may be cut by top-p; pends: by top-p or min-p.
+    """
+
+    draws: bool
+    by_count: bool
+    whole: bool
+    by_mass: bool
+    pends: bool
+
+    @classmethod
+    def of(
+        cls,
+        V: int,
+        temperature: Tensor | None,
+        top_k: Tensor | None,
+        top_p: Tensor | None,
+        min_p: Tensor | None,
+        temperature_value: float,
+        top_k_value: int,
+        top_p_value: float,
+        min_p_value: float,
+    ) -> "Work":
+        """From the options of a launch."""
+        draws = temperature is not None or temperature_value > 0
+        whole = draws and (top_k is not None or not 0 < top_k_value < V)
+        by_mass = whole and (top_p is not None or top_p_value < 1)
+        return cls(
+            draws,
+            draws and (top_k is not None or 0 < top_k_value < V),
+            whole,
+            by_mass,
+            by_mass or (whole and (min_p is not None or min_p_value > 0)),
+        )
+
+
 class State(NamedTuple):
     """What a launch leaves of each row: floats, ints and masses, whose slots are in sample_scan_triton."""
 
@@ -78,11 +118,8 @@ def launch(
     shape: dict[str, Any] = {"PADDED_TILES": padded_tiles, "TILE": TILE, "EARLY": early}
     late: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False, "launch_pdl": early}
 
-    draws = temperature is not None or temperature_value > 0
-    by_count = draws and (top_k is not None or 0 < top_k_value < V)
-    whole = draws and (top_k is not None or not 0 < top_k_value < V)
-    by_mass = whole and (top_p is not None or top_p_value < 1)
-    pends = by_mass or (whole and (min_p is not None or min_p_value > 0))
+    options = (temperature, top_k, top_p, min_p, temperature_value, top_k_value, top_p_value, min_p_value)
+    draws, by_count, whole, by_mass, pends = Work.of(V, *options)
 
     def scratch(columns: int, dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
         return torch.empty(B, columns, dtype=dtype, device=device) if wanted else None
