@@ -134,7 +134,7 @@ def tests(session: Session, limit: float) -> None:
     workers = session.options.test_workers
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-o", "addopts=--import-mode=importlib"]
-    command += ["--strict-markers", *(["-n", str(workers)] if workers else []), *session.options.tests]
+    command += ["--strict-markers", *(["-n", str(workers)] if workers else []), *(session.options.tests or marked())]
     if not session.options.large_tests:
         # The operators' part verifies these before it times them, on the GPU; here their oracle would run on the CPU.
         for name in ask(session, LARGE):
@@ -151,6 +151,11 @@ def tests(session: Session, limit: float) -> None:
     session.say(f"tests: {words}  ({ended.seconds:.0f} s{'; ' + ended.killed if ended.killed else ''})")
     for name in failed[:12]:
         session.say(f"  failed {name}")
+
+
+def marked() -> list[str]:
+    """Files with tests for a GPU; the others may import what a bare machine lacks."""
+    return sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
 
 
 def operators(session: Session, limit: float) -> None:
@@ -281,7 +286,7 @@ def main() -> int:
     parser.add_argument("--operators", nargs="*", default=[], help="default: the whole catalogue")
     parser.add_argument("--peer", nargs="*", default=[], help="only peers whose name contains one of these")
     parser.add_argument("--budget", type=float, default=0.7, help="seconds of sampling for each case")
-    parser.add_argument("--tests", nargs="*", default=["tests"], help="paths for pytest")
+    parser.add_argument("--tests", nargs="*", default=[], help="paths for pytest; default: those with tests for a GPU")
     parser.add_argument("--large-tests", action="store_true", help="benchmark shapes in the tests too")
     parser.add_argument("--test-filter", default="", help="pytest's -k")
     parser.add_argument("--commit", default="", help="recorded where the working tree carries no history")
