@@ -1,7 +1,7 @@
 """Times the candidate tiles of matrix products, all of them compiled beforehand by many processes.
 
     PYTHONPATH=. python benchmarks/sweep_tiles.py fused_moe:fp8_block_qwen3_30b_64 grouped_gemm:fp8_tensor_g8_m64
-    PYTHONPATH=. python benchmarks/sweep_tiles.py fused_moe/triton_few:fp8_block_qwen3_30b_1    # another implementation
+    PYTHONPATH=. python benchmarks/sweep_tiles.py gemm_bf16_fp32/triton_few:m1_n192_k4096       # another implementation
     PYTHONPATH=. python benchmarks/sweep_tiles.py --device meta fused_moe:fp8_block_qwen3_30b_64     # compiles, and ends
 
     PYTHONPATH=. python benchmarks/sweep_tiles.py --freeze sweep_tiles.json     # writes what was measured into the tables
@@ -26,7 +26,6 @@ MODULES = {
     "grouped_gemm_tuned": "penstock.ops.matmul.grouped_gemm_triton",
     "gemm_bf16_fp32_few_tuned": "penstock.ops.matmul.gemm_bf16_fp32_few_triton",
     "fused_moe_tuned": "penstock.ops.moe.fused_moe_triton",
-    "fused_moe_few_tuned": "penstock.ops.moe.fused_moe_few_triton",
 }
 
 

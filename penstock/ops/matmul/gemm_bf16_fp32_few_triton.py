@@ -2,7 +2,7 @@
 
 Tensor cores multiply at least 16 tokens, and parts of K have to meet in memory, which takes as long as reading the weights.
 
-It awaits its measurement on a GPU: `impl="triton_few"` asks for it.
+Measured with one token alone, where it is faster than tiles (docs/lab.md); `impl="triton_few"` asks for it.
 """
 
 from collections.abc import Iterator
@@ -41,8 +41,7 @@ def candidates(rows: int, N: int, K: int) -> Iterator[FewConfig]:
             for warps in (4, 8):
                 if 2 <= rows * channels * block_k // (32 * warps) <= 64:
                     for stages in (2, 4):
-                        for early in (False, True):
-                            yield FewConfig(channels, block_k, warps, stages, early)
+                        yield FewConfig(channels, block_k, warps, stages, True)
 
 
 @tuned(candidates)
@@ -52,7 +51,7 @@ def configure(rows: int, N: int, K: int) -> FewConfig:
     Args:
         rows: tokens, rounded up to a power of two.
     """
-    return FewConfig(1, 1024, 4, 4, False)
+    return FewConfig(1, 1024, 4, 4, True)
 
 
 @triton.jit(do_not_specialize=["M"])

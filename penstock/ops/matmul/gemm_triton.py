@@ -30,6 +30,8 @@ from penstock.ops.matmul.tile_triton import (
 BAND = 16
 # Programs that a split may make on a multiprocessor.
 PROGRAMS_PER_SM = 2
+# Shared memory that stages may take: 227 KB less what a kernel has besides.
+SHARED_BYTES = 224_000
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class GemmConfig(TileConfig):
 
 def candidates(kind: str, rows: int, N: int, K: int) -> Iterator[GemmConfig]:
     """Configs worth timing."""
-    step = 64 if kind == "pair" else 128
+    pair = kind == "pair"
+    step = 64 if pair else 128
     if rows <= 128:
         tiles = [(max(16, rows), 64, step), (max(16, rows), 128, step)]
         if kind != "fp8_block":
@@ -54,7 +57,8 @@ def candidates(kind: str, rows: int, N: int, K: int) -> Iterator[GemmConfig]:
         for max_splits in (8, 16, 32) if kind == "pair" else (2, 4, 8):
             for block_m, block_n, block_k in tiles:
                 for stages in (4, 6):
-                    yield GemmConfig(block_m, block_n, block_k, 4, stages, True, True, max_splits)
+                    if (block_m + (1 + pair) * block_n) * block_k * (1 + pair) * stages <= SHARED_BYTES:
+                        yield GemmConfig(block_m, block_n, block_k, 4, stages, True, True, max_splits)
             if kind == "pair":
                 yield GemmConfig(64, 16, step, 4, 4, False, True, max_splits)
                 yield GemmConfig(64, 32, step, 4, 4, False, True, max_splits)
@@ -69,9 +73,9 @@ def candidates(kind: str, rows: int, N: int, K: int) -> Iterator[GemmConfig]:
 
 
 def _early_candidates(kind: str, rows: int, N: int, K: int) -> Iterator[GemmConfig]:
-    """The default launched early; then tiles so narrow that every multiprocessor has one and no parts are left to add."""
+    """The default, not launched early; then tiles so narrow that every multiprocessor has one and no parts are left to add."""
     default = configure.default(kind, rows, N, K)
-    yield replace(default, early=True)
+    yield replace(default, early=False)
     if kind == "pair":
         for max_splits in (4, 8, 11, 16):
             for block_k in (64, 128):
@@ -95,14 +99,14 @@ def configure(kind: str, rows: int, N: int, K: int) -> GemmConfig:
     step = 64 if kind == "pair" else 128
     if rows <= 64:
         if kind == "pair" and rows <= 16:
-            return GemmConfig(16, 64, 128, 4, 4, True, True, 8)
+            return GemmConfig(16, 64, 128, 4, 4, True, True, 8, True)
         if kind == "pair":
             # Narrow tiles give more programs than parts alone, which one program has to add up.
-            return GemmConfig(64, 16, step, 4, 4, False, True, 8)
+            return GemmConfig(64, 16, 128, 4, 4, False, True, 8, True)
         parts = max(2, min(16, 128 // triton.cdiv(max(N, 1), 64)))
         if kind == "fp8_block":
-            return GemmConfig(max(16, rows), 64, step, 4, 4, True, True, max(4, parts))
-        return GemmConfig(max(16, rows), 64, 2 * step, 4, 4, True, True, parts)
+            return GemmConfig(max(16, rows), 64, step, 4, 4, True, True, max(4, parts), True)
+        return GemmConfig(max(16, rows), 64, 2 * step, 4, 4, True, True, parts, True)
     if kind == "pair":
         return GemmConfig(64, 64, step, 4, 4, False, True, 8)
     if kind == "fp8_block":

@@ -18,8 +18,6 @@ OPERANDS = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.f
 RESULTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_EXPERTS = 512
 MAX_TOP_K = 64
-# Slots that triton_few takes: each reads its expert's weights anew, out of the L2 where it can.
-FEW_SLOTS = 16
 
 SPEC = {
     "x": ("T H", OPERANDS),
@@ -84,7 +82,7 @@ def fused_moe(
         expert_offset: the id of the first expert in the weights.
         shared_output: [T, H] in the result's dtype, added in float32 before the sum is rounded.
         out: [T, H]; not shared_output itself.
-        impl: "auto", "triton", "triton_few" (up to 16 slots), "cpu" or "reference".
+        impl: "auto", "triton", "cpu" or "reference".
     Returns: [T, H] in x.dtype, bfloat16 for FP8.
     Raises: ContractError when shapes, dtypes or scales disagree; NotSupported when no implementation takes the call.
     Source: Shazeer et al., arXiv:1701.06538; Gale et al., arXiv:2211.15841; DeepSeek-AI, arXiv:2412.19437 (FP8 by blocks).
@@ -232,21 +230,6 @@ def _fits(x: Tensor, w_gate_up: Tensor, w_down: Tensor, **others: Any) -> str | 
 @fused_moe.impl("triton", needs=("triton",), supports=_fits, instructions=("HGMMA", "QGMMA"))
 def _triton(out: Tensor, *arguments: Any) -> None:
     from penstock.ops.moe.fused_moe_triton import launch
-
-    launch(out, *arguments)
-
-
-def _few(x: Tensor, topk_ids: Tensor, **others: Any) -> str | None:
-    if topk_ids.numel() > FEW_SLOTS:
-        return f"{topk_ids.numel()} slots are more than {FEW_SLOTS}"
-    return _fits(x, **others)
-
-
-# Awaits measurement: by name alone, while the implementation before it takes the same calls. The down product spills in few
-# cases: 168 bytes with Triton 3.6, 192 with 3.9.
-@fused_moe.impl("triton_few", needs=("triton",), supports=_few, spill_bytes=192)
-def _triton_few(out: Tensor, *arguments: Any) -> None:
-    from penstock.ops.moe.fused_moe_few_triton import launch
 
     launch(out, *arguments)
 
