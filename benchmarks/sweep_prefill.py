@@ -5,7 +5,7 @@
 A config is consumers,block_n,stages,pingpong and, if it differs, the MB of keys in a section, then the names of what is on
 beside these (codes, chains); "default" is what a call takes. Behind an @ stands what the names of its cases hold:
 2,128,3,1,codes@fp8. All are compiled and checked side by side, then timed one after another, each in alternation with the
-peers. Cases with a block mask run as hopper_blocks, in alternation with triton.
+peers. Cases with a block mask run in alternation with triton.
 """
 
 import argparse
@@ -89,20 +89,19 @@ def work(options: argparse.Namespace) -> None:
                 if case.name in options.case and word in case.name:
                     say(begins=f"{op.name} {case.name}")
                     drawn = case.build(Make(device))
-                    impl = "hopper_blocks" if "block_mask" in drawn else "hopper"
-                    op(**drawn, impl=impl)
+                    op(**drawn, impl="hopper")
                     torch.cuda.synchronize()
-                    fault = verify(op, impl, drawn)
+                    fault = verify(op, "hopper", drawn)
                     say(case=f"{op.name} {case.name}", fault=fault)
                     if not fault:
-                        wanted.append((op, case, impl))
+                        wanted.append((op, case))
         fcntl.flock(lock, fcntl.LOCK_EX)
         say(turn=1)
-        for op, case, impl in wanted:
+        for op, case in wanted:
             say(begins=f"{op.name} {case.name}")
             drawn = case.build(Make(device))
             sets = rotation(drawn, None, None, device)
-            ours = [impl] if impl == "hopper" else [impl, "triton"]
+            ours = ["hopper", "triton"] if "block_mask" in drawn else ["hopper"]
             calls = {name: [functools.partial(op, **arguments, impl=name) for arguments in sets] for name in ours}
             for name, peer in peers_of(op).items():
                 made = [peer(arguments) for arguments in sets] if name in options.peer else []
@@ -117,7 +116,7 @@ def work(options: argparse.Namespace) -> None:
                     name=name,
                     us=found.median_us,
                     tflops=rate,
-                    ratio=ratio(found, series[impl]),
+                    ratio=ratio(found, series["hopper"]),
                 )
 
 

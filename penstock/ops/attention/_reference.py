@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from penstock.ops.matmul.tensor_core import FP8_BITS, FP8_DEPTH, cut_off
+
 FP8 = torch.float8_e4m3fn
 # Queries and keys that one element of a block mask stands for.
 MASK_BLOCK = 128
@@ -77,16 +79,17 @@ def narrow_weights(
 ) -> tuple[Tensor, Tensor]:
     """One request of dequantised FP8 values, rounded where a Hopper tensor core rounds FP8.
 
-    Products are added with 13 fractional bits below the largest of them (arXiv:2412.19437, section 3.5.2), and weights are
-    stored as e4m3(256 · exp(score - highest score)).
+    On a GPU scores are added up as its accumulators do it (`tensor_core`), elsewhere in float32. Weights are stored as
+    e4m3(256 · exp(score - highest score)).
     """
     group = q.shape[1] // k.shape[1]
     seen = _seen(visible)
     k = torch.where(seen, k, 0).repeat_interleave(group, 1)
     v = torch.where(seen, v, 0).repeat_interleave(group, 1)
-    largest = q.abs().amax(-1).T[:, :, None] * k.abs().amax(-1).T[:, None, :]
-    step = torch.exp2(torch.floor(torch.log2(largest.clamp(min=torch.finfo(largest.dtype).tiny))) - 13)
-    scores = torch.trunc(torch.einsum("nhd,mhd->hnm", q, k) / step) * step
+    if q.is_cuda:
+        scores = cut_off(q.transpose(0, 1), k.transpose(0, 1), FP8_DEPTH, FP8_BITS)
+    else:
+        scores = torch.einsum("nhd,mhd->hnm", q, k)
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

@@ -430,7 +430,7 @@ def _prefill_kernel(
 class HopperConfig:
     """Launch configuration: warpgroups of 64 rows, keys of a block, blocks in flight, whether warpgroups take turns.
 
-    `codes` and `chains` as in Tile; they await measurement.
+    `codes` and `chains` as in Tile.
     """
 
     consumers: int
@@ -442,8 +442,8 @@ class HopperConfig:
 
 
 def candidates(d: int, dv: int, causal: bool, window: bool, blocks: bool, itemsize: int) -> Iterator[HopperConfig]:
-    """What fits in shared memory: two warpgroups, or three where no block mask wants tiles of 128, with and without turns."""
-    for consumers in (2,) if blocks else (2, 3):
+    """What fits in shared memory: two warpgroups, or three for 16 bits without a block mask, with and without turns."""
+    for consumers in (2,) if blocks or itemsize == 1 else (2, 3):
         for block_n in (128, 64):
             if block_n == 128 and (consumers == 3 or max(d, dv) > 128) and d > 64:
                 continue
@@ -460,7 +460,7 @@ def candidates(d: int, dv: int, causal: bool, window: bool, blocks: bool, itemsi
 def configure(d: int, dv: int, causal: bool, window: bool, blocks: bool, itemsize: int) -> HopperConfig:
     """The default for head dimensions that are rounded up to 64, 128, 192 or 256."""
     if itemsize == 1:
-        return HopperConfig(2, 128, 3, True)
+        return HopperConfig(2, 128, 3, False, codes=True, chains=True)
     wide = max(d, dv) <= 128 or (d, dv) == (192, 128)
     return HopperConfig(2, 128 if wide else 64, 4 if max(d, dv) == 64 else 2, True)
 

@@ -93,8 +93,7 @@ def attention_prefill_paged(
             128 queries and 128 keys of a request that it stands for do not meet. Tiles are skipped.
         return_lse: also return the log-sum-exp.
         out: [Tq, Hq, Dv] in q.dtype; for FP8 queries bfloat16, float16 or float32.
-        impl: "auto", "hopper", "triton", "hopper_blocks", "cpu" or "reference"; with a block mask the Hopper kernel awaits
-            measurement and must be asked for as "hopper_blocks".
+        impl: "auto", "hopper", "triton", "cpu" or "reference".
     FP8 queries and keys are multiplied as they are; a weight exp(s - m) is stored as e4m3(256 · exp(s - m)) against the running
     maximum m, and the denominator sums what is not rounded.
 
@@ -192,11 +191,8 @@ def _hopper_supports(
     v_cache: Tensor,
     out: Tensor | None,
     k_scale: Tensor | None,
-    block_mask: Tensor | None,
     **others: object,
 ) -> str | None:
-    if block_mask is not None:
-        return "block_mask is for triton, and for hopper_blocks where that is asked for by name"
     if q.dtype is FP8:
         return _options.fp8_tma_reason(q, k_cache, v_cache, out, k_scale)
     return _options.tma_reason(q, k_cache, v_cache, out, k_cache.shape[1])
@@ -256,24 +252,6 @@ def _triton(
         max_seqlen_k = page_table.shape[1] * k_cache.shape[1]
     tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
     launch(out, out_lse, *tensors, max_seqlen_q, max_seqlen_k, *options)
-
-
-def _blocks_supports(block_mask: Tensor | None, **others: Any) -> str | None:
-    if block_mask is None:
-        return "there is no block_mask"
-    return _hopper_supports(block_mask=None, **others)
-
-
-# The kernel of "hopper", which walks the blocks of a mask's lists; it awaits measurement, so auto takes triton before it.
-@attention_prefill_paged.impl(
-    "hopper_blocks",
-    needs=("wgmma", "tma", "triton"),
-    supports=_blocks_supports,
-    instructions=("HGMMA", "QGMMA", "UTMALDG"),
-    spill_bytes=72,
-)
-def _hopper_blocks(*arguments: Any) -> None:
-    _hopper(*arguments)
 
 
 @attention_prefill_paged.impl("cpu", needs=("cpu",))

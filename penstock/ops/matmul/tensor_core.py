@@ -22,15 +22,15 @@ def accumulated(x: Tensor, w: Tensor, restart: int | None = None) -> Tensor:
 
 
 def cut_off(x: Tensor, w: Tensor, depth: int, bits: int) -> Tensor:
-    """x · wᵀ in float32, every sum of `depth` products cut off `bits` bits below its largest part."""
+    """x · wᵀ in float32, every sum of `depth` products cut off `bits` bits below its largest part; of matrices or batches."""
     wide, weights = x.double(), w.double()
-    total = wide.new_zeros(x.shape[0], w.shape[0])
-    for first in range(0, x.shape[1], depth):
+    total = wide.new_zeros(*x.shape[:-1], w.shape[-2])
+    for first in range(0, x.shape[-1], depth):
         step = slice(first, first + depth)
-        a, b = wide[:, step], weights[:, step]
-        added = total + a @ b.t()
+        a, b = wide[..., step], weights[..., step]
+        added = total + a @ b.mT
         # The largest product itself is not known here; the root of the sum of their squares is about as large.
-        products = (a.square() @ b.square().t()).sqrt()
+        products = (a.square() @ b.square().mT).sqrt()
         largest = torch.maximum(torch.maximum(total.abs(), added.abs()), products)
         unit = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 1 - bits)
         total = (added / unit).trunc() * unit

@@ -209,7 +209,7 @@ def test_block_masks(emulated, options, config):
     kernel = emulated()
     # Short requests too, whose heads would be packed without a mask.
     case = _cases.paged_prefill("blocks", [(300, 420), (0, 9), (20, 140), (7, 0)], 2, 1, 64, **options)
-    check(attention_prefill_paged, case.build(Make()), config, "hopper_blocks")
+    check(attention_prefill_paged, case.build(Make()), config, "hopper")
     assert kernel.launches[0].has_blocks and kernel.launches[0].group == 1
 
 
@@ -217,9 +217,9 @@ def test_what_a_masked_block_holds_is_not_read(emulated):
     emulated()
     drawn = _cases.paged_prefill("blocks", [(200, 390)], 2, 1, 64, page_size=128, with_blocks=0.5).build(Make())
     drawn["block_mask"][0, :, :, 1] = 0
-    want = call(attention_prefill_paged, drawn, MASKED, "hopper_blocks")
+    want = call(attention_prefill_paged, drawn, MASKED, "hopper")
     drawn["page_table"][0, 1] = -(2**31)
-    assert all(map(torch.equal, call(attention_prefill_paged, drawn, MASKED, "hopper_blocks"), want))
+    assert all(map(torch.equal, call(attention_prefill_paged, drawn, MASKED, "hopper"), want))
 
 
 def test_rows_of_a_mask_without_a_block(emulated):
@@ -229,7 +229,7 @@ def test_rows_of_a_mask_without_a_block(emulated):
     drawn["block_mask"][0, 1, 1] = 0
     # Set behind the diagonal alone.
     drawn["block_mask"][0, 0, 0, 0] = 0
-    out, lse = call(attention_prefill_paged, drawn, MASKED, "hopper_blocks")
+    out, lse = call(attention_prefill_paged, drawn, MASKED, "hopper")
     dead = torch.zeros(300, 2, dtype=torch.bool)
     dead[128:256, 1] = dead[:128, 0] = True
     assert torch.equal(lse == float("-inf"), dead) and torch.equal((out == 0).all(-1), dead)
@@ -239,7 +239,7 @@ def test_block_masks_ask_for_tiles_of_128_queries(emulated):
     emulated()
     drawn = _cases.paged_prefill("blocks", [(130, 130)], 2, 1, 64, with_blocks=0.5).build(Make())
     with pytest.raises(ValueError, match=r"must hold 128 queries, .* holds 192"):
-        call(attention_prefill_paged, drawn, prefill_hopper.HopperConfig(3, 64, 2, True), "hopper_blocks")
+        call(attention_prefill_paged, drawn, prefill_hopper.HopperConfig(3, 64, 2, True), "hopper")
 
 
 def test_codes_are_of_fp8_weights(emulated):
@@ -249,29 +249,22 @@ def test_codes_are_of_fp8_weights(emulated):
         call(attention_prefill, drawn, prefill_hopper.HopperConfig(2, 128, 2, True, codes=True))
 
 
-def test_auto_leaves_block_masks_to_the_measured_kernel(monkeypatch):
+def test_auto_takes_this_kernel_with_and_without_a_block_mask(monkeypatch):
     for feature in ("wgmma", "tma", "triton"):
         monkeypatch.setitem(features.FEATURES, feature, lambda tensors, by_name: None)
-    plain = _cases.paged_prefill("plain", [(130, 130)], 2, 1, 64).build(Make())
-    masked = _cases.paged_prefill("masked", [(130, 130)], 2, 1, 64, with_blocks=0.5).build(Make())
-
-    def chosen(impl, drawn):
+    for share in (0.0, 0.5):
+        drawn = _cases.paged_prefill("masked", [(130, 130)], 2, 1, 64, with_blocks=share).build(Make())
         given = {"causal": True, "window_left": -1, "window_right": -1, **drawn}
-        return attention_prefill_paged.chosen(impl, *[given.get(name) for name in attention_prefill_paged.contract.names])
-
-    assert chosen("auto", plain) == "hopper"
-    assert chosen("auto", masked) == "triton"
-    assert chosen("hopper_blocks", masked) == "hopper_blocks"
-    with pytest.raises(NotSupported, match="there is no block_mask"):
-        chosen("hopper_blocks", plain)
+        values = [given.get(name) for name in attention_prefill_paged.contract.names]
+        assert attention_prefill_paged.chosen("auto", *values) == "hopper"
 
 
 @pytest.mark.parametrize(
     "config",
     [
+        prefill_hopper.HopperConfig(2, 128, 3, True),
         prefill_hopper.HopperConfig(2, 128, 3, True, codes=True),
         prefill_hopper.HopperConfig(2, 128, 4, False, codes=True, chains=True),
-        prefill_hopper.HopperConfig(3, 64, 4, True, codes=True, chains=True),
         prefill_hopper.HopperConfig(2, 64, 4, True, chains=True),
     ],
     ids=str,
