@@ -59,8 +59,25 @@ def add(scratch, pieces, head, row, C: gl.constexpr):
 @gluon.jit
 def first_row(program, request_first, head, C: gl.constexpr):
     """The first row in the scratch of a program's piece: of the request that began with it, or of one begun before."""
-    slot = 2 * program + gl.where(program == request_first, 1, 0)
-    return gl.cast(slot * C.kv_heads + head, gl.int64) * (C.group * C.q_len)
+    return gl.cast(slot_of(program, request_first) * C.kv_heads + head, gl.int64) * (C.group * C.q_len)
+
+
+@gluon.jit
+def slot_of(program, request_first):
+    """Of a program two: for the request that was begun before it, and for the one that began with it."""
+    return 2 * program + gl.where(program == request_first, 1, 0)
+
+
+@gluon.jit
+def ticket_of_group(leader, request_first, side, C: gl.constexpr):
+    """A group's ticket: by the slot of its first piece, for another request may begin in the same program."""
+    return slot_of(leader, request_first) * (C.kv_heads * C.row_blocks) + side
+
+
+@gluon.jit
+def ticket_of_groups(request_first, side, C: gl.constexpr):
+    """Where the groups of a request are counted: no request begins in the second program of one that has several groups."""
+    return slot_of(request_first + 1, request_first + 1) * (C.kv_heads * C.row_blocks) + side
 
 
 @gluon.jit
@@ -115,19 +132,21 @@ def store_piece(scratch, result, lse, first_row, row, C: gl.constexpr):
 @gluon.jit
 def collect(scratch, tickets, results, run, request, head, row_block, row, sink, C: gl.constexpr):
     """Adds what there is to add once this program's piece is stored: nothing, a group, or all of the request."""
-    program, first, last, programs = run
+    program, first, last = run
     count = last - first + 1
     leader = first + (program - first) // GROUP * GROUP
     members = gl.minimum(GROUP, last + 1 - leader)
     side = head * C.row_blocks + row_block
-    if is_last(tickets, leader * C.kv_heads * C.row_blocks + side, members):
+    if is_last(tickets, ticket_of_group(leader, first, side, C), members):
         result, lse = add(scratch, (leader, 1, members, first), head, row, C)
         if count <= GROUP:
             _store_whole(results, result, lse, request, head, row, sink, C)
         else:
+            # The sum takes the place of the first piece, whose denominator every warp has read.
+            thread_barrier()
             store_piece(scratch, result, lse, first_row(leader, first, head, C), row, C)
             groups = (count + GROUP - 1) // GROUP
-            if is_last(tickets, (programs + first) * C.kv_heads * C.row_blocks + side, groups):
+            if is_last(tickets, ticket_of_groups(first, side, C), groups):
                 total, total_lse = add(scratch, (first, GROUP, groups, first), head, row, C)
                 _store_whole(results, total, total_lse, request, head, row, sink, C)
 

@@ -311,9 +311,7 @@ def _consume(args, C: gl.constexpr):
                 if C.gather:
                     results = (out_ptr, lse_ptr, out_token, out_head)
                     first, last = gather.pieces_of(unit_start, request, num_requests, programs, C)
-                    gather.collect(
-                        scratch, tickets, results, (program, first, last, programs), request, head, row_block, late, sink, C
-                    )
+                    gather.collect(scratch, tickets, results, (program, first, last), request, head, row_block, late, sink, C)
         request += 1
 
 

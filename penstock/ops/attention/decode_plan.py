@@ -130,7 +130,7 @@ def num_programs(device: torch.device, num_heads_q: int, num_heads_kv: int, head
 
 
 def num_tickets(programs: int, num_heads_q: int, num_heads_kv: int, q_len: int) -> int:
-    """For each program, KV head and 32 query rows two: groups of pieces, and groups of these."""
+    """For each program, KV head and 32 query rows two: a request was begun before the program, another begins in it."""
     return 2 * programs * num_heads_kv * -(-(num_heads_q // num_heads_kv) * q_len // FEWEST_ROWS)
 
 

@@ -135,12 +135,28 @@ def test_pieces_in_any_order_give_the_same_bits(emulated, monkeypatch, programs,
         assert not plan.tickets.any()
 
 
+def test_a_request_ends_where_the_next_begins(emulated, monkeypatch):
+    """The last piece of three is a group of its own, in the program where a request of two pieces begins."""
+    kernel = emulated(GROUP=2)
+    drawn = _cases.decode("shared", [1408, 1408], 2, 1, 64).build(Make())
+    plan = planned(drawn, monkeypatch, 5)
+    config = decode_hopper.HopperConfig(64, 2, True)
+    # 9.6 units a program: the requests, of 24 units each, meet in the middle of the third.
+    assert plan.unit_start.tolist() == [0, 24, 48] and plan.first_request.tolist() == [0, 0, 0, 1, 1]
+    want = check(drawn, config, plan)
+    for order in ((4, 3, 2, 1, 0), (3, 4, 2, 0, 1), (0, 4, 2, 3, 1)):
+        kernel.shuffled = lambda numbers, order=order: order
+        found = call(drawn, config, plan)
+        assert all(torch.equal(mine, other) for mine, other in zip(found, want, strict=True)), order
+        assert not plan.tickets.any()
+
+
 def test_a_missing_ticket_is_seen(emulated, monkeypatch):
     """The order test can fail: with a ticket too many a sum is made before its pieces are there."""
     emulated(GROUP=2)
     drawn = _cases.decode("pieces", [640], 1, 1, 64).build(Make())
     plan = planned(drawn, monkeypatch, 5)
-    plan.tickets[plan.first_request.tolist().index(0) + 1] = 1  # the first program has the lead alone
+    plan.tickets[2 * 1 + 1] = 1  # of the request that begins in program 1: the first has the lead alone
     found, _ = call(drawn, decode_hopper.HopperConfig(64, 2, True), plan)
     assert found.isnan().any()
 
