@@ -148,8 +148,8 @@ def _reference(
     return torch.tensor(ids, dtype=torch.int32)
 
 
-# Triton 3.9 spills in row_kernel.
-@sample.impl("triton", needs=("triton",), spill_bytes=32)
+# Triton 3.9 spills in row_kernel: 40 bytes for vocabularies of 2,048 tiles, 8 for some others.
+@sample.impl("triton", needs=("triton",), spill_bytes=40)
 def _triton(out: Tensor, *arguments: Any) -> None:
     from penstock.ops.sampling.sample_triton import launch
 

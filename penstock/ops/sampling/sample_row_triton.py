@@ -60,7 +60,7 @@ def _mass_bounds(x, maxima, factors, tile_masses, PADDED_TILES: tl.constexpr):
     return least, most + (most >> 13) + 256 * PADDED_TILES
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def row_kernel(
     out_ptr,
     floats_ptr,

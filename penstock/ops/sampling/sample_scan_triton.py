@@ -19,7 +19,7 @@ def columns_of(tiles, TILE: tl.constexpr, PART: tl.constexpr):
     return tiles[:, None, None] * TILE + parts + tl.arange(0, PART)[None, None, :]
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["top_k", "blocks"])
 def scan_kernel(
     maxima_ptr,
     sums_ptr,
