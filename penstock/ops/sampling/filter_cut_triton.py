@@ -5,8 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from penstock.ops.sampling._search_triton import elements, past, search, tie_cut
-from penstock.ops.sampling._weights_triton import clean, key_of, logit_of, option, smallest_weight, weigh
-from penstock.ops.sampling.sample_scan_triton import (
+from penstock.ops.sampling._state_triton import (
     BINS,
     BY_MASS,
     COUNT,
@@ -28,6 +27,7 @@ from penstock.ops.sampling.sample_scan_triton import (
     WHOLE,
     WIDE,
 )
+from penstock.ops.sampling._weights_triton import clean, key_of, logit_of, option, smallest_weight, weigh
 
 SAMPLES = tl.constexpr(4096)
 STEPS = tl.constexpr(512)

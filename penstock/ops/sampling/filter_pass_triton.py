@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from penstock.ops.sampling._weights_triton import clean, option, smallest_weight, weigh
-from penstock.ops.sampling.sample_scan_triton import (
+from penstock.ops.sampling._state_triton import (
     BINS,
     BY_MASS,
     COUNT,
@@ -25,6 +24,7 @@ from penstock.ops.sampling.sample_scan_triton import (
     WHOLE,
     WIDE,
 )
+from penstock.ops.sampling._weights_triton import clean, option, smallest_weight, weigh
 
 
 @triton.jit(do_not_specialize=["blocks"])

@@ -13,7 +13,7 @@ from penstock.core.device import num_sms
 from penstock.ops.sampling._search_triton import elements, past, search, tie_cut
 from penstock.ops.sampling._weights import TILE
 from penstock.ops.sampling._weights_triton import clean, key_of, logit_of
-from penstock.ops.sampling.sample_select_triton import PAIRS, count_bound, list_candidates
+from penstock.ops.sampling.sample_top_k_triton import PAIRS, count_bound, list_candidates
 
 BLOCK = 2048
 MAX_SPLITS = 64
@@ -75,7 +75,6 @@ def _best_kernel(
     best_ptr,
     maxima_ptr,
     tile_list_ptr,
-    counters_ptr,
     candidates_ptr,
     candidate_ids_ptr,
     logits_ptr,
@@ -92,7 +91,7 @@ def _best_kernel(
     candidates_ptr += row * capacity
     candidate_ids_ptr += row * capacity
     maxima = tl.load(maxima_ptr + row * PADDED_TILES + tl.arange(0, PADDED_TILES))
-    low = count_bound(maxima, top_n)
+    low = count_bound(maxima, tl.max(maxima), top_n)
     number = list_candidates(
         maxima,
         low,
@@ -100,7 +99,6 @@ def _best_kernel(
         candidates_ptr,
         candidate_ids_ptr,
         tile_list_ptr + row * PADDED_TILES,
-        counters_ptr + row,
         V,
         capacity,
         PADDED_TILES,
@@ -223,7 +221,6 @@ def launch(
             best,
             maxima,
             ranks.new_empty(B, padded_tiles),
-            ranks.new_empty(B),
             chosen.new_empty(B, CAPACITY, dtype=torch.float32),
             ranks.new_empty(B, CAPACITY),
             logits,

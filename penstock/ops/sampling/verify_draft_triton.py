@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.core.device import num_sms
-from penstock.ops.sampling import _weights, sample_triton
+from penstock.ops.sampling import _weights, filter_triton, sample_triton
 from penstock.ops.sampling._philox import VERIFY_STREAM
+from penstock.ops.sampling._state_triton import CERTAIN, CUT, CUT_ID, FLOATS, INTS, KEPT, MASSES, MODE, SCALE, TOP
 from penstock.ops.sampling._weights_triton import clean, option, random_words, share, smallest_weight, weigh
-from penstock.ops.sampling.sample_scan_triton import CERTAIN, CUT, CUT_ID, FLOATS, INTS, KEPT, MASSES, MODE, SCALE, TOP
 
 STREAM = tl.constexpr(VERIFY_STREAM)
 TILE = _weights.TILE
@@ -238,10 +238,11 @@ def launch(
     )
     plain = torch.empty(B * positions, dtype=torch.int32, device=device)
     numbers = temperature_value, top_k_value, top_p_value, min_p_value
-    filters = draft_probs is not None
-    state = sample_triton.launch(plain, logits, row_seeds, row_offsets, heats, ks, ps, floors, *numbers, filters)
+    # A drafter that is certain of its ids needs no more than the plain draws.
+    draw = sample_triton if draft_probs is None else filter_triton
+    state = draw.launch(plain, logits, row_seeds, row_offsets, heats, ks, ps, floors, *numbers)
     probs = draft_probs if state is not None else None
-    floats, ints, masses = (None, None, None) if state is None else state
+    floats, ints, masses = (None, None, None) if state is None else state[:3]
     padded_tiles = triton.next_power_of_2(triton.cdiv(V, TILE))
     rejected = torch.empty(B, dtype=torch.int64, device=device)
     strides = (0, 0) if probs is None else (probs.stride(0), probs.stride(1))

@@ -1,4 +1,4 @@
-"""Top-p of what sample_lean_row_triton leaves open: the masses before the records, approximately, then the decision.
+"""Top-p of what sample_row_triton leaves open: the masses before the records, approximately, then the decision.
 
 A float32 sum with a bound of its error decides all but a few rows of 100,000, with half the instructions of integer weights;
 where it does not, and where all records are dropped, the row's one program goes on alone with integers.
@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from penstock.ops.sampling import _weights
 from penstock.ops.sampling._search_triton import cut_by_mass, draw_kept
+from penstock.ops.sampling._state_triton import DENSE, FLOATS, INTS, MASSES, NEEDED, PENDING, SCALE, SLOTS, TOP
 from penstock.ops.sampling._weights_triton import (
     LARGEST,
     clean,
@@ -20,11 +20,9 @@ from penstock.ops.sampling._weights_triton import (
     smallest_weight,
     weigh,
 )
-from penstock.ops.sampling.sample_lean_row_triton import DENSE, FLOATS, INTS, MASSES, NEEDED, PENDING, SCALE, SLOTS, TOP
-from penstock.ops.sampling.sample_lean_scan_triton import columns_of
-from penstock.ops.sampling.sample_turns_triton import STREAM, draw_turns, masses_of_tiles, words_of_turns
+from penstock.ops.sampling.sample_scan_triton import columns_of
+from penstock.ops.sampling.sample_turns_triton import ALL_TURNS, STREAM, draw_turns, masses_of_tiles, words_of_turns
 
-ALL_TURNS = tl.constexpr(_weights.TURNS)
 CHUNK = tl.constexpr(4096)
 TWO_40 = tl.constexpr(2.0**40)
 

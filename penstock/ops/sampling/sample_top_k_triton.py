@@ -1,4 +1,4 @@
-"""Top-k of one row by one program, implementation "triton_lean": the candidates, the exact cut and the draw.
+"""Top-k of one row by one program, from the largest logits of its tiles: the candidates, the exact cut and the draw.
 
 Sums over pairs run down the first dimension of a matrix, which lies in registers and warps: no exchanges between lanes. Pairs
 are taken in a loop: unrolled they filled 255 registers and 150 kB of instructions, which cost more than the arithmetic.
@@ -7,6 +7,7 @@ are taken in a loop: unrolled they filled 255 registers and 150 kB of instructio
 import triton
 import triton.language as tl
 
+from penstock.ops.sampling._search_triton import cut_by_mass, draw_kept, past, search, tie_cut
 from penstock.ops.sampling._weights_triton import at_least, clean, key_of, logit_of, weigh
 
 # Bounds tried in a step, evenly between what is enough and what is not.
@@ -16,6 +17,7 @@ GROUP = tl.constexpr(32)
 # So many candidates are compared each with each, ROWS with all at a time; more are searched.
 PAIRS = tl.constexpr(128)
 ROWS = tl.constexpr(16)
+CHUNK = tl.constexpr(1024)
 LARGEST_ORDER = tl.constexpr(2**63 - 1)
 
 
@@ -95,7 +97,7 @@ def _order(x, slots):
 
 @triton.jit
 def select_pairs(number, k, p, smallest, bits, top, scale, candidates_ptr, candidate_ids_ptr):
-    """The id drawn, by comparing all candidates with ROWS at a time."""
+    """(id drawn, last logit kept, last id kept at it, mass) by comparing all candidates with ROWS at a time."""
     slots = tl.arange(0, PAIRS)
     inside = slots < number
     x = tl.load(candidates_ptr + slots, inside, other=float("-inf"))
@@ -115,7 +117,64 @@ def select_pairs(number, k, p, smallest, bits, top, scale, candidates_ptr, candi
             counted = tl.where(others >= last, weigh(other_x, top, scale), 0)
             masses += tl.where(others[:, None] > order[None, :], counted[:, None], 0)
         kept = kept & (tl.sum(masses, axis=0) < needed)
+    cut = tl.min(tl.where(kept, x, float("inf")))
+    last_slot = tl.max(tl.where(kept & (x == cut), slots, 0))
     drawable = tl.where(kept & (weights >= smallest), weights, 0)
-    target = tl.umulhi(bits, tl.sum(drawable).to(tl.uint64)).to(tl.int64)
+    mass = tl.sum(drawable)
+    target = tl.umulhi(bits, mass.to(tl.uint64)).to(tl.int64)
     first = tl.min(tl.where(tl.cumsum(drawable) > target, slots, PAIRS - 1))
-    return tl.load(candidate_ids_ptr + first)
+    return tl.load(candidate_ids_ptr + first), cut, tl.load(candidate_ids_ptr + last_slot), mass
+
+
+@triton.jit
+def select_searching(number, k, p, smallest, bits, low, top, scale, V, capacity, logits_ptr, candidates_ptr, candidate_ids_ptr):
+    """The same by halving intervals, over the list of candidates or, where it does not hold them, over the row."""
+    listed = number <= capacity
+    length = tl.where(listed, number, V)
+    high = tl.full([], float("inf"), tl.float32)
+    last = key_of(top).to(tl.int64)
+    reached = search(
+        k,
+        False,
+        key_of(low).to(tl.int64),
+        last,
+        length,
+        listed,
+        logits_ptr,
+        candidates_ptr,
+        candidate_ids_ptr,
+        low,
+        high,
+        top,
+        scale,
+        CHUNK,
+    )
+    cut = logit_of(reached.to(tl.int32))
+    above, mass, ties = past(cut, length, listed, logits_ptr, candidates_ptr, candidate_ids_ptr, low, high, top, scale, CHUNK)
+    kept = (k - above).to(tl.int64)
+    cut_id = tl.zeros([], tl.int32) + V
+    if p < 1:
+        needed = at_least(p, mass + kept * weigh(cut, top, scale))
+        cut, cut_id = cut_by_mass(
+            needed, reached, V, length, listed, logits_ptr, candidates_ptr, candidate_ids_ptr, low, high, top, scale, CHUNK
+        )
+    elif kept < ties:
+        cut_id = tie_cut(kept, V, cut, length, listed, logits_ptr, candidates_ptr, candidate_ids_ptr, low, high, CHUNK)
+    drawn, mass = draw_kept(
+        bits,
+        smallest,
+        cut,
+        cut_id,
+        V,
+        length,
+        listed,
+        logits_ptr,
+        candidates_ptr,
+        candidate_ids_ptr,
+        low,
+        high,
+        top,
+        scale,
+        CHUNK,
+    )
+    return drawn, cut, cut_id, mass
