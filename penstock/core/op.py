@@ -46,6 +46,7 @@ class Implementation:
     supports: Callable[..., str | None] | None
     instructions: tuple[str, ...]
     spill_bytes: int
+    slower: Callable[..., str | None] | None = None
 
     def refuses(self, named: dict[str, Any], by_name: bool) -> str | None:
         """Why this implementation cannot take the call, or None when it can."""
@@ -54,7 +55,10 @@ class Implementation:
             reason = FEATURES[need](tensors, by_name)
             if reason:
                 return reason
-        return self.supports(**named) if self.supports else None
+        reason = self.supports(**named) if self.supports else None
+        if reason is None and self.slower and not by_name:
+            return self.slower(**named)
+        return reason
 
 
 class Op:
@@ -112,6 +116,7 @@ class Op:
         *,
         needs: tuple[str, ...],
         supports: Callable[..., str | None] | None = None,
+        slower: Callable[..., str | None] | None = None,
         instructions: tuple[str, ...] = (),
         spill_bytes: int = 0,
     ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -120,6 +125,7 @@ class Op:
         Args:
             needs: features (core/features.py) the call's device must have.
             supports: takes the contract's arguments by name, answers None or why not.
+            slower: likewise, of calls that it takes: why "auto" passes it over for a later one that is faster.
             instructions: SASS mnemonics that the compiled kernels must contain between them.
             spill_bytes: register spill that the compile gate accepts.
         """
@@ -128,7 +134,7 @@ class Op:
             raise ValueError(f"{self.name}: implementation {name!r} is taken, or needs unknown features {unknown}")
 
         def declare(launch: Callable[..., None]) -> Callable[..., None]:
-            self.implementations[name] = Implementation(name, launch, needs, supports, instructions, spill_bytes)
+            self.implementations[name] = Implementation(name, launch, needs, supports, instructions, spill_bytes, slower)
             return launch
 
         return declare

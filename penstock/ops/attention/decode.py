@@ -180,30 +180,13 @@ def _supports(k_cache: Tensor, **others: object) -> str | None:
     return _options.page_size_reason(k_cache)
 
 
-@attention_decode.impl("triton", needs=("triton",), supports=_supports)
-def _triton(
-    out: Tensor,
-    out_lse: Tensor | None,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seqlens_k: Tensor,
-    q_len: int,
-    *options_and_plan: Any,
-) -> None:
-    from penstock.ops.attention.decode_triton import launch
-
-    launch(out, out_lse, q, k_cache, v_cache, page_table, seqlens_k, q_len, *options_and_plan)
-
-
 def _hopper_supports(q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, **others: object) -> str | None:
     if q.dtype is FP8:
         return _options.fp8_tma_reason(q, k_cache, v_cache, None, k_scale, block=64, widest=_options.MAX_HEAD_DIM)
     return _options.tma_reason(q, k_cache, v_cache, None, k_cache.shape[1])
 
 
-# Asked for by name until it has been measured: "auto" takes the one before it. 64 query rows spill 24 bytes, 32 at D = 256 136.
+# 64 query rows spill 24 bytes, 32 at D = 256 136.
 @attention_decode.impl(
     "hopper",
     needs=("wgmma", "tma", "triton"),
@@ -223,6 +206,23 @@ def _hopper(
     *options_and_plan: Any,
 ) -> None:
     from penstock.ops.attention.decode_hopper import launch
+
+    launch(out, out_lse, q, k_cache, v_cache, page_table, seqlens_k, q_len, *options_and_plan)
+
+
+@attention_decode.impl("triton", needs=("triton",), supports=_supports)
+def _triton(
+    out: Tensor,
+    out_lse: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seqlens_k: Tensor,
+    q_len: int,
+    *options_and_plan: Any,
+) -> None:
+    from penstock.ops.attention.decode_triton import launch
 
     launch(out, out_lse, q, k_cache, v_cache, page_table, seqlens_k, q_len, *options_and_plan)
 

@@ -5,7 +5,7 @@ dimensions of the values, are the rows; the query heads of one KV head, times q_
 of K or V passes through registers: a warp fetches pages through the tensor memory accelerator, a warpgroup multiplies, and P
 alone, a few KB, goes through shared memory. Two programs fill a multiprocessor; one's beginning and end hide behind the other.
 
-Work is dealt out as in decode_triton, by the same plan. It awaits its measurement on a GPU.
+Work is dealt out as in decode_triton, by the same plan.
 """
 
 from collections.abc import Iterator
@@ -43,6 +43,8 @@ KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp
 # So that two programs fit on a multiprocessor: half of its 228 KB, less 1 KB that each costs, less barriers and the words that
 # reductions exchange.
 SHARED = (H200.shared_memory + 1024) // 2 - 1024 - 2048
+# Bytes on their way to a program.
+FLYING = 32 * 1024
 # Of a thread, for 4 + 4 warps twice on a multiprocessor; the fetching warp hands most of its share over.
 REGISTERS = 128
 # Entries of the page table that the fetching warp holds, one a lane.
@@ -180,7 +182,6 @@ def _block(state, buffers, bars, kc, first_key, limits, scalars, C: gl.constexpr
         plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         scales = reinterpret(scale_buf.index(stage), gl.float32, [C.block_n], plain)
         s = s * scales.load(gl.SliceLayout(1, C.scores_layout))[:, None]
-    mbarrier.arrive(k_empty.index(stage), count=1)
     if C.has_cap:
         s = softmax.tanh(s * _across(cap_scale, C))
     key = first_key + gl.arange(0, C.block_n, layout=gl.SliceLayout(1, C.scores_layout))
@@ -195,6 +196,9 @@ def _block(state, buffers, bars, kc, first_key, limits, scalars, C: gl.constexpr
             seen = seen & (key[:, None] <= (own + right)[None, :])
     s = gl.where(seen, s, float("-inf"))
     m_new = gl.maximum(m, gl.max(s, axis=0))
+    # Not before the maximum is exchanged: a barrier alone does not wait for loads of scales that are still on their way, and
+    # the next copy overwrote them where the other program of the multiprocessor held these up.
+    mbarrier.arrive(k_empty.index(stage), count=1)
     base = softmax.finite(m_new * score_scale)
     alpha = gl.exp2(m * score_scale - base)
     p = gl.exp2(s * _across(score_scale, C) - softmax.lifted(base, C)[None, :])
@@ -418,9 +422,11 @@ def candidates(itemsize: int, d: int, dv: int, rows: int) -> Iterator[HopperConf
 @tuned(candidates)
 def configure(itemsize: int, d: int, dv: int, rows: int) -> HopperConfig:
     """The default for head dimensions that are rounded up to 64, 128 or 256 and query rows to 8 … 64."""
-    fitting = [stages for stages in (1, 2, 3, 4, 6) if held_bytes(itemsize, d, dv, rows, 64, stages) <= SHARED]
+    fitting = [stages for stages in (1, 2, 4, 6) if held_bytes(itemsize, d, dv, rows, 64, stages) <= SHARED]
+    # 32 KB on their way to each of two programs keep the memory busy: more were slower on an H200.
+    enough = [stages for stages in fitting if stages * 64 * (d + dv) * itemsize >= FLYING and stages > 1]
     # From 32 values a thread on, two pieces at most are on their way at once: the second kernel spreads them.
-    return HopperConfig(64, fitting[-1], rows * dv < 4096)
+    return HopperConfig(64, enough[0] if enough else fitting[-1], rows * dv < 4096)
 
 
 def held_bytes(itemsize: int, d: int, dv: int, rows: int, block_n: int, stages: int) -> int:

@@ -140,6 +140,42 @@ def _supports(q_latent: Tensor, q_rope: Tensor, cache: Tensor, **others: object)
     return _options.page_size_reason(cache)
 
 
+def _hopper_supports(q_latent: Tensor, q_rope: Tensor, cache: Tensor, q_len: int, **others: object) -> str | None:
+    return _options.latent_tma_reason(q_latent, q_rope, cache, q_len)
+
+
+def _hopper_slower(q_latent: Tensor, q_len: int, **others: object) -> str | None:
+    rows = q_latent.shape[1] * q_len
+    return f"its products have 64 rows, the call {rows}: the portable kernel is faster" if rows < 64 else None
+
+
+# It spills what the ends of a piece need, and in one warpgroup's loop addresses of operands, two dozen words for two tiles:
+# 216 bytes with Triton 3.6, 200 with 3.9.
+@mla_decode.impl(
+    "hopper",
+    needs=("wgmma", "tma", "triton"),
+    supports=_hopper_supports,
+    slower=_hopper_slower,
+    instructions=("HGMMA", "UTMALDG"),
+    spill_bytes=216,
+)
+def _hopper(
+    out: Tensor,
+    out_lse: Tensor | None,
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    seqlens_k: Tensor,
+    q_len: int,
+    scale: float | None,
+    plan: tuple[Tensor, ...] | None,
+) -> None:
+    from penstock.ops.attention.mla_hopper import launch
+
+    launch(out, out_lse, q_latent, q_rope, cache, page_table, seqlens_k, q_len, scale, plan)
+
+
 # 64 rows of a latent of 512 leave a thread few registers for addresses: 152 bytes with Triton 3.6, 664 with 3.9.
 @mla_decode.impl("triton", needs=("triton",), supports=_supports, spill_bytes=664)
 def _triton(
@@ -155,32 +191,6 @@ def _triton(
     plan: tuple[Tensor, ...] | None,
 ) -> None:
     from penstock.ops.attention.mla_triton import launch
-
-    launch(out, out_lse, q_latent, q_rope, cache, page_table, seqlens_k, q_len, scale, plan)
-
-
-def _hopper_supports(q_latent: Tensor, q_rope: Tensor, cache: Tensor, q_len: int, **others: object) -> str | None:
-    return _options.latent_tma_reason(q_latent, q_rope, cache, q_len)
-
-
-# After the portable kernel until it has been measured. It spills what the ends of a piece need, and in one warpgroup's loop
-# addresses of operands, two dozen words for two tiles: 216 bytes with Triton 3.6, 200 with 3.9.
-@mla_decode.impl(
-    "hopper", needs=("wgmma", "tma", "triton"), supports=_hopper_supports, instructions=("HGMMA", "UTMALDG"), spill_bytes=216
-)
-def _hopper(
-    out: Tensor,
-    out_lse: Tensor | None,
-    q_latent: Tensor,
-    q_rope: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    seqlens_k: Tensor,
-    q_len: int,
-    scale: float | None,
-    plan: tuple[Tensor, ...] | None,
-) -> None:
-    from penstock.ops.attention.mla_hopper import launch
 
     launch(out, out_lse, q_latent, q_rope, cache, page_table, seqlens_k, q_len, scale, plan)
 

@@ -164,10 +164,15 @@ def _step(state, buffers, bars, kc, part, more, own_first, n0, k_len, scalars, c
     s = _scores(s, buffers, kc, cap_scale, C)
     if C.has_blocks and MASKED:
         n0 = load.block_held(buffers[6].index(kc % C.stages)) * C.block_n
-    mbarrier.arrive(k_empty.index(kc % C.stages), count=1)
+    if not C.token_scales:
+        mbarrier.arrive(k_empty.index(kc % C.stages), count=1)
     if MASKED:
         s = softmax.masked(s, own_first, n0, k_len, left, right, C)
     weights, m, l, alpha = softmax.advance(s, m, l, score_scale, MASKED, C)
+    if C.token_scales:
+        # By now the scales have been used. A barrier alone does not wait for loads that are on their way, which the next
+        # copy could overtake.
+        mbarrier.arrive(k_empty.index(kc % C.stages), count=1)
     if C.codes:
         weights = softmax.rounded(weights, C)
     load.filled(k_full, kc + 1, more, C.stages)
@@ -240,9 +245,9 @@ def _consume(args, consumer: gl.constexpr, C: gl.constexpr):
             else:
                 scalars = (left, right, cap_scale, factor * score_scale)
         s = _scores(s, buffers, kc, scalars[2], C)
-        mbarrier.arrive(k_empty.index(kc % C.stages), count=1)
         s = softmax.masked(s, own_first, (stop - 1) * C.block_n, k_len, left, right, C)
         weights, m, l = softmax.begin(s, scalars[3], C)
+        mbarrier.arrive(k_empty.index(kc % C.stages), count=1)
         if C.codes:
             weights = softmax.rounded(weights, C)
         p = softmax.held(weights, C)

@@ -141,9 +141,14 @@ def test_keys_that_overtake_each_other(emulated):
     check(drawn)
 
 
-def test_auto_does_not_choose_what_has_not_been_measured():
-    names = list(mla_decode.implementations)
-    assert names.index("triton") < names.index("hopper")
+@pytest.mark.parametrize(("heads", "q_len", "taken"), [(16, 1, "triton"), (16, 4, "hopper"), (128, 1, "hopper")])
+def test_auto_takes_this_kernel_where_its_64_rows_are_filled(monkeypatch, heads, q_len, taken):
+    drawn = mla._case("filled", [9, 9, 9], heads, q_len=q_len).build(Make("meta"))
+    for need in ("wgmma", "tma", "triton"):
+        monkeypatch.setitem(features.FEATURES, need, lambda tensors, by_name: None)
+    given = {"q_len": q_len, **drawn}
+    assert mla_decode.chosen("auto", *[given.get(name) for name in mla_decode.contract.names]) == taken
+    assert mla_decode.chosen("hopper", *[given.get(name) for name in mla_decode.contract.names]) == "hopper"
 
 
 def test_what_it_does_not_take_is_refused(monkeypatch):
