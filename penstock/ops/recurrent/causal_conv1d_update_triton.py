@@ -29,7 +29,6 @@ def _update_kernel(
     HAS_INDEX: tl.constexpr,
     SILU: tl.constexpr,
     TAPS: tl.constexpr,
-    TAPS_PADDED: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -42,29 +41,24 @@ def _update_kernel(
     if slot < 0:
         tl.store(out_at, tl.zeros((CHANNELS,), tl.float32).to(out_ptr.dtype.element_ty), inside)
         return
-    # Step k of the window is what tap k meets: the state, then x.
-    step = tl.arange(0, TAPS_PADDED)
-    held = inside[:, None] & (step < TAPS - 1)[None, :]
-    state_at = state_ptr + slot.to(tl.int64) * state_slot + columns[:, None] * state_channel + step[None, :] * state_step
-    x = tl.load(x_ptr + row.to(tl.int64) * x_row + columns, inside, other=0.0).to(tl.float32)
-    window = tl.load(state_at, held, other=0.0).to(tl.float32)
-    window = tl.where((step == TAPS - 1)[None, :], x[:, None], window)
-    taps = tl.load(
-        weight_ptr + columns[:, None] * weight_row + step[None, :] * weight_tap,
-        inside[:, None] & (step < TAPS)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    value = tl.sum(window * taps, axis=1)
+    # A thread has whole channels: what it reads no other writes. Tap k meets step k of the state, the last tap x.
+    x = tl.load(x_ptr + row.to(tl.int64) * x_row + columns, inside, other=0.0)
+    state_at = state_ptr + slot.to(tl.int64) * state_slot + columns * state_channel
+    taps_at = weight_ptr + columns * weight_row
+    newest = x.to(state_ptr.dtype.element_ty)
+    value = x.to(tl.float32) * tl.load(taps_at + (TAPS - 1) * weight_tap, inside, other=0.0).to(tl.float32)
+    for step in tl.static_range(TAPS - 1):
+        held = tl.load(state_at + step * state_step, inside, other=0.0)
+        value += held.to(tl.float32) * tl.load(taps_at + step * weight_tap, inside, other=0.0).to(tl.float32)
+        if step > 0:
+            tl.store(state_at + (step - 1) * state_step, held, inside)
+    if TAPS > 1:
+        tl.store(state_at + (TAPS - 2) * state_step, newest, inside)
     if HAS_BIAS:
         value += tl.load(bias_ptr + columns, inside, other=0.0).to(tl.float32)
     if SILU:
         value = silu(value)
-    # Every thread has read what it and its neighbours overwrite.
-    tl.debug_barrier()
     tl.store(out_at, value.to(out_ptr.dtype.element_ty), inside)
-    tl.store(
-        state_at - state_step, window.to(state_ptr.dtype.element_ty), inside[:, None] & ((step > 0) & (step < TAPS))[None, :]
-    )
 
 
 def launch(
@@ -80,7 +74,6 @@ def launch(
     rows, channels = x.shape
     if x.numel() == 0:
         return
-    taps = weight.shape[1]
     _update_kernel[(rows, triton.cdiv(channels, CHANNELS))](
         out,
         x,
@@ -96,8 +89,7 @@ def launch(
         HAS_BIAS=bias is not None,
         HAS_INDEX=state_indices is not None,
         SILU=activation == "silu",
-        TAPS=taps,
-        TAPS_PADDED=triton.next_power_of_2(taps),
+        TAPS=weight.shape[1],
         CHANNELS=CHANNELS,
         num_warps=4,
     )
