@@ -56,9 +56,7 @@ class Implementation:
             if reason:
                 return reason
         reason = self.supports(**named) if self.supports else None
-        if reason is None and self.slower and not by_name:
-            return self.slower(**named)
-        return reason
+        return reason or (self.slower(**named) if self.slower and not by_name else None)
 
 
 class Op:
@@ -264,10 +262,9 @@ class Op:
     def _launch_plain(self, definition: Callable[..., Any] | None, *args: Any) -> None:
         if definition is None:
             raise NotSupported(f"{self.name}: has no reference")
-        outs, inputs = args[: self._num_outs], args[self._num_outs :]
-        results = definition(*inputs)
+        results = definition(*args[self._num_outs :])
         results = results if isinstance(results, tuple) else (results,)
-        for out, result in zip(outs, results, strict=False):
+        for out, result in zip(args[: self._num_outs], results, strict=False):
             if out is not None:
                 out.copy_(result)
 

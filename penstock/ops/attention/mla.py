@@ -65,7 +65,7 @@ def mla_decode(
             by default.
         return_lse: also return the log-sum-exp.
         out: [B · q_len, Hq, Dc] in q_latent.dtype.
-        impl: "auto", "triton", "hopper" (Dc 512 and Dr 64; not measured yet, so never chosen by "auto"), "cpu" or "reference".
+        impl: "auto", "triton", "hopper" (Dc 512 and Dr 64; "auto" takes it from 64 query rows on), "cpu" or "reference".
     Returns: out [B · q_len, Hq, Dc], to be multiplied by each head's up-projection of the values; with return_lse also lse
         [B · q_len, Hq] float32 (float64 for float64 inputs). Where no key is visible out is 0 and lse is -inf.
     Raises: ContractError when shapes, dtypes or options disagree; NotSupported when no implementation takes the call.

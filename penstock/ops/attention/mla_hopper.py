@@ -7,7 +7,7 @@ the tensor cores work for the other. A warp fetches by TMA: half a tile as soon 
 weights of a tile lie where the rotated part of its keys was. Barriers in shared memory: `full` that columns of a tile, or the
 queries, have arrived, `ready` that weights have been written, `empty` that a half has been read.
 
-The schedule of requests and the sum of pieces are those of attention_decode. This kernel awaits its first run on a GPU.
+The schedule of requests and the sum of pieces are those of attention_decode.
 Source: two warpgroups that share the columns of the result and exchange weights, DeepSeek-AI, FlashMLA (2025).
 """
 

@@ -170,8 +170,7 @@ def _step(state, buffers, bars, kc, part, more, own_first, n0, k_len, scalars, c
         s = softmax.masked(s, own_first, n0, k_len, left, right, C)
     weights, m, l, alpha = softmax.advance(s, m, l, score_scale, MASKED, C)
     if C.token_scales:
-        # By now the scales have been used. A barrier alone does not wait for loads that are on their way, which the next
-        # copy could overtake.
+        # Their loads are over by now: a barrier alone does not wait for them, and the next copy could overtake them.
         mbarrier.arrive(k_empty.index(kc % C.stages), count=1)
     if C.codes:
         weights = softmax.rounded(weights, C)
@@ -190,10 +189,9 @@ def _store(o, note, o_desc, o_buf, part, consumer: gl.constexpr, C: gl.constexpr
     fence_async_shared()
     token = row + consumer * C.part_tokens
     inside = tiles.rows_inside(q_len, token, C.part_tokens)
-    COUNT: gl.constexpr = C.dv // 64
     HELD: gl.constexpr = C.out_width // 64
     pieces = load.rows_as_pieces(o_buf, C.out_parts * HELD, 16, C)
-    for column in gl.static_range(COUNT):
+    for column in gl.static_range(C.dv // 64):
         at = [load.END, q_end - q_len + token + inside, load.END - inside, head * C.group, column * 64]
         tma_store(o_desc, at, pieces.index(part * HELD + column))
 
@@ -433,10 +431,7 @@ def _prefill_kernel(
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Launch configuration: warpgroups of 64 rows, keys of a block, blocks in flight, whether warpgroups take turns.
-
-    `codes` and `chains` as in Tile.
-    """
+    """Launch configuration: warpgroups of 64 rows, keys of a block, blocks in flight, whether they take turns; others of Tile."""
 
     consumers: int
     block_n: int

@@ -274,6 +274,16 @@ def test_the_same_bits_every_time(gather):
 
 
 @pytest.mark.gpu
+def test_scales_of_keys_are_not_overtaken_by_the_next_copy():
+    """Handed back before they were used, they were: in one run of five at this size."""
+    fp8 = {"dtype": FP8, "transposed": True, "with_scales": "token"}
+    drawn = _cases.decode("overtaken", [4096] * 64, 64, 8, 128, page_size=64, **fp8).build(Make("cuda"))
+    with decode_hopper.configure.forced(decode_hopper.HopperConfig(64, 6, True)):
+        want = attention_decode(**drawn, impl="hopper")
+        assert all(torch.equal(attention_decode(**drawn, impl="hopper"), want) for _ in range(200))
+
+
+@pytest.mark.gpu
 def test_a_graph_follows_the_lengths():
     drawn = _cases.decode("graph", [3000, 1, 700, 64], 8, 1, 128, page_size=64).build(Make("cuda"))
     heads = {"num_heads_q": 8, "num_heads_kv": 1, "head_dim": 128, "page_size": 64}
