@@ -431,7 +431,7 @@ def _prefill_kernel(
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Launch configuration: warpgroups of 64 rows, keys of a block, blocks in flight, whether they take turns; others of Tile."""
+    """Launch configuration: warpgroups of 64 rows, keys of a block, blocks in flight, whether they take turns; then as Tile."""
 
     consumers: int
     block_n: int
