@@ -194,37 +194,17 @@ def _hopper_supports(q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tenso
     instructions=("HGMMA", "QGMMA", "UTMALDG"),
     spill_bytes=136,
 )
-def _hopper(
-    out: Tensor,
-    out_lse: Tensor | None,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seqlens_k: Tensor,
-    q_len: int,
-    *options_and_plan: Any,
-) -> None:
+def _hopper(*arguments: Any) -> None:
     from penstock.ops.attention.decode_hopper import launch
 
-    launch(out, out_lse, q, k_cache, v_cache, page_table, seqlens_k, q_len, *options_and_plan)
+    launch(*arguments)
 
 
 @attention_decode.impl("triton", needs=("triton",), supports=_supports)
-def _triton(
-    out: Tensor,
-    out_lse: Tensor | None,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seqlens_k: Tensor,
-    q_len: int,
-    *options_and_plan: Any,
-) -> None:
+def _triton(*arguments: Any) -> None:
     from penstock.ops.attention.decode_triton import launch
 
-    launch(out, out_lse, q, k_cache, v_cache, page_table, seqlens_k, q_len, *options_and_plan)
+    launch(*arguments)
 
 
 @attention_decode.impl("cpu", needs=("cpu",))

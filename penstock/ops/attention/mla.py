@@ -159,40 +159,18 @@ def _hopper_slower(q_latent: Tensor, q_len: int, **others: object) -> str | None
     instructions=("HGMMA", "UTMALDG"),
     spill_bytes=216,
 )
-def _hopper(
-    out: Tensor,
-    out_lse: Tensor | None,
-    q_latent: Tensor,
-    q_rope: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    seqlens_k: Tensor,
-    q_len: int,
-    scale: float | None,
-    plan: tuple[Tensor, ...] | None,
-) -> None:
+def _hopper(*arguments: Any) -> None:
     from penstock.ops.attention.mla_hopper import launch
 
-    launch(out, out_lse, q_latent, q_rope, cache, page_table, seqlens_k, q_len, scale, plan)
+    launch(*arguments)
 
 
 # 64 rows of a latent of 512 leave a thread few registers for addresses: 152 bytes with Triton 3.6, 664 with 3.9.
 @mla_decode.impl("triton", needs=("triton",), supports=_supports, spill_bytes=664)
-def _triton(
-    out: Tensor,
-    out_lse: Tensor | None,
-    q_latent: Tensor,
-    q_rope: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    seqlens_k: Tensor,
-    q_len: int,
-    scale: float | None,
-    plan: tuple[Tensor, ...] | None,
-) -> None:
+def _triton(*arguments: Any) -> None:
     from penstock.ops.attention.mla_triton import launch
 
-    launch(out, out_lse, q_latent, q_rope, cache, page_table, seqlens_k, q_len, scale, plan)
+    launch(*arguments)
 
 
 @mla_decode.impl("cpu", needs=("cpu",))

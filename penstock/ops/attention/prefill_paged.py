@@ -185,6 +185,27 @@ attention_prefill_paged.reference(_definition(exact=True))
 attention_prefill_paged.baseline(_definition(exact=False))
 
 
+def _bounded(
+    launch: Callable[..., None],
+    out: Tensor,
+    out_lse: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None,
+    *options: Any,
+) -> None:
+    """Launches with the most keys that a request can have, where the call does not say."""
+    if max_seqlen_k is None:
+        max_seqlen_k = page_table.shape[1] * k_cache.shape[1]
+    tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
+    launch(out, out_lse, *tensors, max_seqlen_q, max_seqlen_k, *options)
+
+
 def _hopper_supports(
     q: Tensor,
     k_cache: Tensor,
@@ -206,25 +227,10 @@ def _hopper_supports(
     instructions=("HGMMA", "QGMMA", "UTMALDG"),
     spill_bytes=72,
 )
-def _hopper(
-    out: Tensor,
-    out_lse: Tensor | None,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int | None,
-    *options: Any,
-) -> None:
+def _hopper(*arguments: Any) -> None:
     from penstock.ops.attention.prefill_hopper import launch
 
-    if max_seqlen_k is None:
-        max_seqlen_k = page_table.shape[1] * k_cache.shape[1]
-    tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
-    launch(out, out_lse, *tensors, max_seqlen_q, max_seqlen_k, *options)
+    _bounded(launch, *arguments)
 
 
 def _triton_supports(k_cache: Tensor, **others: object) -> str | None:
@@ -233,25 +239,10 @@ def _triton_supports(k_cache: Tensor, **others: object) -> str | None:
 
 # At D = 256 a tile of 64 keys spills up to 96 bytes; 32 keys spill none, and halve the work between two rescalings.
 @attention_prefill_paged.impl("triton", needs=("triton",), supports=_triton_supports, instructions=("HGMMA",), spill_bytes=96)
-def _triton(
-    out: Tensor,
-    out_lse: Tensor | None,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int | None,
-    *options: Any,
-) -> None:
+def _triton(*arguments: Any) -> None:
     from penstock.ops.attention.prefill_triton import launch
 
-    if max_seqlen_k is None:
-        max_seqlen_k = page_table.shape[1] * k_cache.shape[1]
-    tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqlens_k)
-    launch(out, out_lse, *tensors, max_seqlen_q, max_seqlen_k, *options)
+    _bounded(launch, *arguments)
 
 
 @attention_prefill_paged.impl("cpu", needs=("cpu",))

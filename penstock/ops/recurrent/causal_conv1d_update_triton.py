@@ -45,7 +45,6 @@ def _update_kernel(
     x = tl.load(x_ptr + row.to(tl.int64) * x_row + columns, inside, other=0.0)
     state_at = state_ptr + slot.to(tl.int64) * state_slot + columns * state_channel
     taps_at = weight_ptr + columns * weight_row
-    newest = x.to(state_ptr.dtype.element_ty)
     value = x.to(tl.float32) * tl.load(taps_at + (TAPS - 1) * weight_tap, inside, other=0.0).to(tl.float32)
     for step in tl.static_range(TAPS - 1):
         held = tl.load(state_at + step * state_step, inside, other=0.0)
@@ -53,7 +52,7 @@ def _update_kernel(
         if step > 0:
             tl.store(state_at + (step - 1) * state_step, held, inside)
     if TAPS > 1:
-        tl.store(state_at + (TAPS - 2) * state_step, newest, inside)
+        tl.store(state_at + (TAPS - 2) * state_step, x.to(state_ptr.dtype.element_ty), inside)
     if HAS_BIAS:
         value += tl.load(bias_ptr + columns, inside, other=0.0).to(tl.float32)
     if SILU:
